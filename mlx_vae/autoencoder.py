@@ -1,0 +1,275 @@
+"""Encoder, Decoder and AutoencoderKL: the image autoencoder of latent diffusion (Rombach et al., 2022). NHWC."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_vae import convert, layers
+from mlx_vae.blocks import AttentionBlock, DownBlock, MidBlock, UpBlock
+from mlx_vae.config import AutoencoderKLConfig
+from mlx_vae.posterior import DiagonalGaussianDistribution
+from mlx_vae.tiling import Tiling
+
+
+class AutoencoderKLOutput(NamedTuple):
+    """What `AutoencoderKL.encode` returns."""
+
+    latent_dist: DiagonalGaussianDistribution
+
+
+class DecoderOutput(NamedTuple):
+    """What `AutoencoderKL.decode` returns: pictures (N, H, W, out_channels), about [-1, 1]."""
+
+    sample: mx.array
+
+
+class Encoder(nn.Module):
+    """(N, H, W, in_channels) -> (N, H / factor, W / factor, 2 * latent_channels)."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = layers.conv3x3(config.in_channels, widths[0])
+        self.down_blocks = [
+            DownBlock(
+                inner,
+                outer,
+                config.layers_per_block,
+                groups,
+                add_attention=block_type == "AttnDownEncoderBlock2D",
+                add_downsample=level < len(widths) - 1,
+            )
+            for level, (inner, outer, block_type) in enumerate(
+                zip(widths[:1] + widths[:-1], widths, config.down_block_types, strict=True)
+            )
+        ]
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = layers.norm(groups, widths[-1])
+        self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return layers.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+
+
+class Decoder(nn.Module):
+    """(N, h, w, latent_channels) -> (N, h * factor, w * factor, out_channels)."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = layers.conv3x3(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = [
+            UpBlock(
+                inner,
+                outer,
+                config.layers_per_block + 1,
+                groups,
+                add_attention=block_type == "AttnUpDecoderBlock2D",
+                add_upsample=level < len(widths) - 1,
+            )
+            for level, (inner, outer, block_type) in enumerate(
+                zip(widths[:1] + widths[:-1], widths, config.up_block_types, strict=True)
+            )
+        ]
+        self.conv_norm_out = layers.norm(groups, widths[-1])
+        self.conv_out = layers.conv3x3(widths[-1], config.out_channels)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.conv_in(z)
+        x = self.mid_block(x)
+        for block in self.up_blocks:
+            x = block(x)
+        return layers.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+
+
+class AutoencoderKL(nn.Module):
+    """A variational autoencoder for images, equal to diffusers' class of the same name.
+
+    `AutoencoderKL(config)` has random weights; `AutoencoderKL.from_pretrained` loads them.
+    """
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, kernel_size=1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, kernel_size=1)
+        self.use_slicing = False
+        self.tiling: Tiling | None = None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the weights, in which everything is computed and returned."""
+        return self.decoder.conv_in.weight.dtype
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        subfolder: str | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> AutoencoderKL:
+        """Loads "tiny", a model folder, or a pipeline folder with `vae/`; `dtype` defaults to the one on disk.
+
+        Raises `convert.CheckpointError` (a ValueError) with all that is missing, unexpected or misshapen.
+        """
+        checkpoint = convert.open_pretrained(source, subfolder)
+        vae = cls(checkpoint.config)
+        parameters: list[tuple[str, mx.array]] = tree_flatten(vae.parameters())
+        shapes = {name: value.shape for name, value in parameters}
+        vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
+        mx.eval(vae.parameters())
+        return vae
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors`, which `from_pretrained` loads back bit for bit."""
+        convert.save_pretrained(folder, self.config, dict(tree_flatten(self.parameters())))
+
+    # Encoding and decoding
+
+    def encode(self, x: mx.array, return_dict: bool = True) -> AutoencoderKLOutput:
+        """The posterior of pictures x (N, H, W, in_channels) in [-1, 1]; its latents are (N, H / f, W / f, C).
+
+        `return_dict=False` gives a plain tuple, here and below. Raises ValueError for anything but a floating-point
+        array of that shape with H and W multiples of f = `config.factor`.
+        """
+        x = self._checked_image(x)
+        if self.tiling and not self.tiling.covers(x.shape[1] // self.config.factor, x.shape[2] // self.config.factor):
+            return self.tiled_encode(x, return_dict)
+        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(self._by_slices(self._encode, x)), return_dict)
+
+    def decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
+        """Latents z (N, h, w, C), unscaled -> pictures (N, h * f, w * f, out_channels), with f = `config.factor`.
+
+        Raises ValueError for anything but a floating-point array of that shape.
+        """
+        z = self._checked(z, "z", self.config.latent_channels)
+        if self.tiling and not self.tiling.covers(z.shape[1], z.shape[2]):
+            return self.tiled_decode(z, return_dict)
+        return _output(DecoderOutput, self._by_slices(self._decode, z), return_dict)
+
+    def __call__(
+        self,
+        x: mx.array,
+        sample_posterior: bool = False,
+        key: mx.array | None = None,
+        return_dict: bool = True,
+    ) -> DecoderOutput:
+        """Encodes and decodes pictures (N, H, W, in_channels), through the posterior's mode or a sample of it."""
+        posterior = self.encode(x).latent_dist
+        z = posterior.sample(key) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def scale(self, z: mx.array) -> mx.array:
+        """Latents of the autoencoder -> latents of the diffusion model, (N, h, w, C): (z - shift) * scale."""
+        shift, scale = self._latent_space(z)
+        return (z - shift) * scale
+
+    def unscale(self, z: mx.array) -> mx.array:
+        """Latents of the diffusion model -> latents of the autoencoder, (N, h, w, C): z / scale + shift."""
+        shift, scale = self._latent_space(z)
+        return z / scale + shift
+
+    def _encode(self, x: mx.array) -> mx.array:
+        moments = self.encoder(x)
+        return self.quant_conv(moments) if "quant_conv" in self else moments
+
+    def _decode(self, z: mx.array) -> mx.array:
+        return self.decoder(self.post_quant_conv(z) if "post_quant_conv" in self else z)
+
+    def _latent_space(self, z: mx.array) -> tuple[mx.array, mx.array]:
+        """shift and scale, each (1,) or (C,), in the dtype of z."""
+        config = self.config
+        if config.latents_mean is None or config.latents_std is None:
+            shift, scale = [config.shift_factor or 0.0], [config.scaling_factor]
+        else:
+            shift, scale = list(config.latents_mean), [config.scaling_factor / std for std in config.latents_std]
+        return mx.array(shift, dtype=z.dtype), mx.array(scale, dtype=z.dtype)
+
+    def _checked(self, x: mx.array, name: str, channels: int) -> mx.array:
+        """x in the dtype of the weights. Raises ValueError unless it is floating-point and (N, H, W, channels)."""
+        if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape:
+            raise ValueError(f"{name}: shape {x.shape}, wanted (N, H, W, {channels}), no side of them 0")
+        if not mx.issubdtype(x.dtype, mx.floating):
+            raise ValueError(f"{name}: dtype {x.dtype}, wanted a floating-point one")
+        return x.astype(self.dtype)
+
+    def _checked_image(self, x: mx.array) -> mx.array:
+        x = self._checked(x, "x", self.config.in_channels)
+        factor = self.config.factor
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise ValueError(f"x: shape {x.shape}, wanted a height and a width that are multiples of {factor}")
+        return x
+
+    # Memory
+
+    def enable_slicing(self) -> None:
+        """Encodes and decodes one picture of the batch at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> None:
+        """Encodes and decodes what is larger than a tile by blended tiles, as diffusers does (approximate).
+
+        `tile_sample_min_size`, the side of a tile in picture pixels, defaults to the configuration's sample_size.
+        """
+        self.tiling = self._tiling(tile_sample_min_size, tile_overlap_factor)
+
+    def disable_tiling(self) -> None:
+        self.tiling = None
+
+    def tiled_encode(self, x: mx.array, return_dict: bool = True) -> AutoencoderKLOutput:
+        """As `encode`, by blended tiles whatever the size."""
+        tiling = self.tiling or self._tiling()
+        moments = self._by_slices(lambda x: tiling.encode(self._encode, x), self._checked_image(x))
+        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(moments), return_dict)
+
+    def tiled_decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
+        """As `decode`, by blended tiles whatever the size."""
+        tiling = self.tiling or self._tiling()
+        z = self._checked(z, "z", self.config.latent_channels)
+        return _output(DecoderOutput, self._by_slices(lambda z: tiling.decode(self._decode, z), z), return_dict)
+
+    def _tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> Tiling:
+        default = self.config.sample_size
+        size = tile_sample_min_size or (default[0] if isinstance(default, tuple) else default)
+        return Tiling(size // self.config.factor, self.config.factor, tile_overlap_factor)
+
+    def _by_slices(self, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        if not self.use_slicing:
+            return run(x)
+        return mx.concatenate(layers.in_turn(run, [x[i : i + 1] for i in range(x.shape[0])]))
+
+    # Attention
+
+    def set_attn_processor(self, processor: layers.AttentionProcessor) -> None:
+        """Has every attention block compute `processor(q, k, v, scale)`: arrays (N, 1, H * W, C) in, one out."""
+        for module in self.modules():
+            if isinstance(module, AttentionBlock):
+                module.processor = processor
+
+    def set_default_attn_processor(self) -> None:
+        self.set_attn_processor(layers.attention)
+
+
+def _output(kind: Callable[[Any], Any], value: object, return_dict: bool) -> Any:
+    output = kind(value)
+    return output if return_dict else tuple(output)

@@ -1,0 +1,80 @@
+"""What the blocks are made of: normalise-activate-convolve, upsample-convolve, downsample-convolve, attention.
+
+The only place that knows about backends and memory. Arrays are NHWC, convolution weights OHWI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae.config import NORM_EPS
+
+AttentionProcessor = Callable[[mx.array, mx.array, mx.array, float], mx.array]
+"""f(q, k, v, scale) -> out, each array (N, heads, L, C)."""
+
+
+def norm(groups: int, channels: int) -> nn.GroupNorm:
+    """The parameters of a GroupNorm (Wu & He, 2018) over H, W and the channels of a group."""
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS, pytorch_compatible=True)
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def normalize(norm: nn.GroupNorm, x: mx.array) -> mx.array:
+    """GroupNorm: (N, H, W, C) -> (N, H, W, C). Statistics and arithmetic are float32 whatever the dtype of x.
+
+    The mean and the variance of each channel come first and combine into those of the groups (Chan et al., 1979):
+    var = mean_c(var_c + (mean_c - mean)^2), a sum of squares of small numbers, never E[x^2] - E[x]^2.
+    """
+    N, _, _, C = x.shape
+    grouped = (N, 1, 1, norm.num_groups, C // norm.num_groups)
+    h = x.astype(mx.float32)
+    channel_mean = _spatial_mean(h)  # (N, 1, 1, C)
+    channel_var = _spatial_mean(mx.square(h - channel_mean))
+    mean = mx.mean(channel_mean.reshape(grouped), axis=-1, keepdims=True)
+    var = mx.mean(
+        channel_var.reshape(grouped) + mx.square(channel_mean.reshape(grouped) - mean), axis=-1, keepdims=True
+    )
+    scale = (mx.broadcast_to(mx.rsqrt(var + norm.eps), grouped)).reshape(N, 1, 1, C) * norm.weight
+    shift = mx.broadcast_to(mean, grouped).reshape(N, 1, 1, C)
+    return ((h - shift) * scale + norm.bias).astype(x.dtype)
+
+
+def _spatial_mean(x: mx.array) -> mx.array:
+    """(N, H, W, C) -> (N, 1, 1, C), rows first: a single running sum over H * W would lose digits in float32."""
+    return mx.mean(mx.mean(x, axis=2, keepdims=True), axis=1, keepdims=True)
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: mx.array) -> mx.array:
+    """(N, H, W, C) -> (N, H, W, O)."""
+    return conv(nn.silu(normalize(norm, x)))
+
+
+def upsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
+    """Nearest-neighbour doubling, then a 3x3 convolution: (N, H, W, C) -> (N, 2H, 2W, O)."""
+    N, H, W, C = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None, :], (N, H, 2, W, 2, C)).reshape(N, 2 * H, 2 * W, C)
+    return conv(x)
+
+
+def downsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
+    """3x3 convolution of stride 2 that pads right and bottom only: (N, H, W, C) -> (N, H // 2, W // 2, O)."""
+    return conv(mx.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """softmax(q k^T scale) v, each (N, heads, L, C); the softmax in float32."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def in_turn(run: Callable[[mx.array], mx.array], inputs: Sequence[mx.array]) -> list[mx.array]:
+    """[run(x) for x in inputs], each computed only when the one before is done, so that one is in memory at a time."""
+    outputs: list[mx.array] = []
+    for x in inputs:
+        outputs.append(run(mx.depends(x, outputs[-1]) if outputs else x))
+    return outputs

@@ -1,0 +1,1 @@
+"""The embedded model: `AutoencoderKL.from_pretrained("tiny")`."""
