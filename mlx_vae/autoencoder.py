@@ -116,6 +116,10 @@ class AutoencoderKL(nn.Module):
         """The dtype of the weights, in which everything is computed and returned."""
         return self.decoder.conv_in.weight.dtype
 
+    def named_parameters(self) -> dict[str, mx.array]:
+        """Every parameter under its diffusers name, convolution weights OHWI."""
+        return tree_flatten(self.parameters(), destination={})
+
     # Loading and saving
 
     @classmethod
@@ -131,15 +135,14 @@ class AutoencoderKL(nn.Module):
         """
         checkpoint = convert.open_pretrained(source, subfolder)
         vae = cls(checkpoint.config)
-        parameters: list[tuple[str, mx.array]] = tree_flatten(vae.parameters())
-        shapes = {name: value.shape for name, value in parameters}
+        shapes = {name: value.shape for name, value in vae.named_parameters().items()}
         vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
         mx.eval(vae.parameters())
         return vae
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors`, which `from_pretrained` loads back bit for bit."""
-        convert.save_pretrained(folder, self.config, dict(tree_flatten(self.parameters())))
+        convert.save_pretrained(folder, self.config, self.named_parameters())
 
     # Encoding and decoding
 

@@ -75,7 +75,7 @@ class AutoencoderKLConfig:
         for width in widths:
             if width % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels {list(widths)}: {width} is no multiple of norm_num_groups {self.norm_num_groups}"
+                    f"block_out_channels: {width} is not a multiple of norm_num_groups {self.norm_num_groups}"
                 )
         size = self.sample_size
         if not (_is_count(size) or (isinstance(size, tuple) and len(size) == 2 and all(map(_is_count, size)))):

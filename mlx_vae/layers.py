@@ -64,7 +64,7 @@ def upsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
 
 def downsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """3x3 convolution of stride 2 that pads right and bottom only: (N, H, W, C) -> (N, H // 2, W // 2, O)."""
-    return conv(mx.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+    return conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:

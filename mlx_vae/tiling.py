@@ -26,8 +26,8 @@ class Tiling:
             raise ValueError(f"tile_overlap_factor is {self.overlap_factor}; it must be at least 0 and less than 1")
         if self.latent_size < 1 or self.stride < 1:
             raise ValueError(
-                f"a tile of {self.latent_size * self.factor} px with an overlap of {self.overlap_factor} leaves no step "
-                f"from tile to tile; it must leave at least {self.factor} px"
+                f"a tile of {self.latent_size * self.factor} px with an overlap of {self.overlap_factor} leaves "
+                f"less than {self.factor} px from tile to tile"
             )
 
     @property
@@ -55,7 +55,7 @@ class Tiling:
 def _by_tiles(
     run: Callable[[mx.array], mx.array], x: mx.array, size: int, stride: int, out_size: int, out_stride: int
 ) -> mx.array:
-    """Cuts x into tiles of `size` every `stride` pixels, runs them in turn, and blends each into those above and left."""
+    """Cuts x into tiles of `size` every `stride` pixels, runs them in turn, blends each with those above and left."""
     tops, lefts = range(0, x.shape[1], stride), range(0, x.shape[2], stride)
     tiles = layers.in_turn(run, [x[:, top : top + size, left : left + size] for top in tops for left in lefts])
     for i in range(len(tiles)):
