@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
+        x = layers.conv(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         self.conv_out = layers.conv3x3(widths[-1], config.out_channels)
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = self.conv_in(z)
+        x = layers.conv(self.conv_in, z)
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
@@ -118,7 +118,7 @@ class AutoencoderKL(nn.Module):
 
     def named_parameters(self) -> dict[str, mx.array]:
         """Every parameter under its diffusers name, convolution weights OHWI."""
-        return tree_flatten(self.parameters(), destination={})
+        return dict(tree_flatten(self.parameters()))
 
     # Loading and saving
 
