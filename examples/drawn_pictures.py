@@ -82,7 +82,7 @@ def palette(rng: np.random.Generator) -> np.ndarray:
     """(6, 3) colours that go together: around one hue, more grey than not, light and dark."""
     lightness = rng.beta(1.2, 1.2, size=(6, 1))
     hue = rng.normal(size=3) + rng.normal(size=(6, 3)) * rng.uniform(0.1, 1)
-    return np.clip(lightness + (0.01 + rng.exponential(0.06)) * (hue - hue.mean(axis=1, keepdims=True)), 0, 1)
+    return np.clip(lightness + rng.uniform(0.02, 0.2) * (hue - hue.mean(axis=1, keepdims=True)), 0, 1)
 
 
 def noise(rng: np.random.Generator, side: int, exponent: float) -> np.ndarray:

@@ -107,7 +107,7 @@ def loss_of(vae: AutoencoderKL, x: mx.array, l1_weight: float, key: mx.array) ->
 
 
 def is_for_muon(name: str, weight: mx.array) -> bool:
-    """Muon (Jordan et al., 2024) takes the kernels and matrices inside; Adam the vectors, and what meets the outside."""
+    """Muon (Jordan et al., 2024) takes kernels and matrices inside the model; Adam the vectors and what is outside."""
     return weight.ndim > 1 and not name.startswith(("encoder.conv_in", "decoder.conv_out", "quant", "post_quant"))
 
 
