@@ -131,17 +131,35 @@ class AutoencoderKL(nn.Module):
         cls,
         source: str | os.PathLike[str],
         subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        family: str | None = None,
         dtype: mx.Dtype | None = None,
     ) -> AutoencoderKL:
-        """Loads "tiny", a model folder, or a pipeline folder with `vae/`; `dtype` defaults to the one on disk.
+        """Loads "tiny", a folder, a single file, or a model on the hub ("stabilityai/sd-vae-ft-mse").
 
+        A folder, here or on the hub, is a VAE's own or a whole pipeline's, with `vae/`; `variant` is as "fp16".
+        `dtype` defaults to the one on disk (float32 where there are several).
         Raises `convert.CheckpointError` (a ValueError) with all that is missing, unexpected or misshapen.
         """
-        checkpoint = convert.open_pretrained(source, subfolder)
+        return cls._load(convert.open_pretrained(source, subfolder, revision, variant, family), dtype)
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | os.PathLike[str], family: str | None = None, dtype: mx.Dtype | None = None
+    ) -> AutoencoderKL:
+        """Loads a `.safetensors`, `.sft`, `.ckpt`, `.pt` or `.bin`: an autoencoder's own, or a diffusion model's.
+
+        A config.json beside it counts. Raises `convert.CheckpointError` (a ValueError), too for a file that fits
+        several families: their latents differ in scale, and `family` ("sd", "sdxl" ...) is to say which it is.
+        """
+        return cls._load(convert.open_single_file(path, family), dtype)
+
+    @classmethod
+    def _load(cls, checkpoint: convert.Checkpoint, dtype: mx.Dtype | None) -> AutoencoderKL:
         vae = cls(checkpoint.config)
         shapes = {name: value.shape for name, value in vae.named_parameters().items()}
         vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
-        mx.eval(vae.parameters())
         return vae
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

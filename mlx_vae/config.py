@@ -16,9 +16,12 @@ ACTIVATIONS = ("silu", "swish")  # two names of one function
 NORM_EPS = 1e-6
 """The eps of every GroupNorm of the autoencoder: diffusers' `resnet_eps`; MLX's own default of 1e-5 is wrong here."""
 
+MAX_COUNT = 1 << 16
+"""No autoencoder has as many channels, layers or pixels to a side; a configuration with more is a damaged one."""
+
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COUNT
 
 
 def _is_finite(value: object) -> bool:
