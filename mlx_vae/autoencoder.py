@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
+        x = layers.conv(self.conv_in, x)
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         self.conv_out = layers.conv3x3(widths[-1], config.out_channels)
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = self.conv_in(z)
+        x = layers.conv(self.conv_in, z)
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
