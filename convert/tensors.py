@@ -43,7 +43,7 @@ class TensorView:
         return replace(self, shape=self.shape[:-axes], strides=self.strides[:-axes])
 
     def read(self) -> np.ndarray:
-        """The elements, one at least, contiguous, in the NumPy dtype of STORED_AS; only their part of the file is read."""
+        """The elements, one at least, in the NumPy dtype of STORED_AS; no other part of the file is read."""
         dtype = np.dtype(STORED_AS[self.dtype])
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         flat = np.empty(span, dtype)

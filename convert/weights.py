@@ -45,7 +45,7 @@ class Parameters:
 
         Raises CheckpointError that names every tensor that is missing, unexpected, misshapen or no number.
         """
-        self._refuse("do not fit", self._differences(shapes))
+        self.check(shapes)
         target = getattr(mx, self.dtype) if dtype is None else dtype
         weights, bad = {}, []
         for name, tensor in self.tensors.items():
@@ -54,6 +54,10 @@ class Parameters:
                 bad.append(f"{name}: {problem}")
         self._refuse("have no usable values", bad)
         return weights
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError that names every tensor that is missing, unexpected, misshapen or of another dtype."""
+        self._refuse("do not fit", self._differences(shapes))
 
     def _refuse(self, why: str, lines: list[str]) -> None:
         if lines:
