@@ -166,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, TensorView], dict[str, str]]:
         raise CheckpointError(f"{path}: a pointer of Git LFS, not the file; fetch it with `git lfs pull`")
     if head[257:262] == b"ustar":
         raise CheckpointError(f"{path}: a tar file as PyTorch 0.1 wrote; load and save it with a PyTorch of today")
-    if head.startswith((b"PK\3\4", b"\x80")):
+    if head[8:9] != b"{" and head.startswith((b"PK\3\4", b"\x80")):  # the length of a safetensors header may begin so
         return read_pickle(path), {}
     return read_safetensors(path)
 
@@ -174,13 +174,14 @@ def _read(path: Path) -> tuple[dict[str, TensorView], dict[str, str]]:
 def _read_shards(index: Path) -> tuple[dict[str, TensorView], dict[str, str]]:
     tensors: dict[str, TensorView] = {}
     shards = _shards(index)
-    for shard in sorted(set(shards.values())):
-        path = index.with_name(shard)
+    paths = [index.with_name(shard) for shard in sorted(set(shards.values()))]
+    for path in paths:
         if not path.is_file():
-            raise CheckpointError(f"{index}: {shard} is not beside it")
+            raise CheckpointError(f"{index}: {path.name} is not beside it")
+    for path in paths:
         found, _ = _read(path)
         for name in found:
-            if shards.get(name) != shard:
+            if shards.get(name) != path.name:
                 raise CheckpointError(f"{path}: {name} is not there according to {index.name}")
         tensors |= found
     for name, shard in shards.items():

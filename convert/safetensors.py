@@ -39,12 +39,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorView], dict[str, str]]
             if length > min(size - 8, MAX_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata is not an object")
+        if not isinstance(header, dict) or not isinstance(metadata := header.pop("__metadata__", {}), dict):
+            raise ValueError("its header is not an object")
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
         _check_cover(header, size - 8 - length)
-    except (struct.error, ValueError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
     return tensors, metadata
 
