@@ -19,6 +19,7 @@ from mlx_vae.config import FAMILIES, AutoencoderKLConfig
 from mlx_vae.convert import hub
 from mlx_vae.convert.checkpoint import HUB_ID, WRITTEN_AS, Checkpoint, open_pretrained, save_pretrained
 from mlx_vae.convert.families import ANY
+from mlx_vae.convert.layouts import PREFIXES
 from mlx_vae.convert.tensors import CheckpointError
 from mlx_vae.files import making_folder
 from mlx_vae.version import __version__
@@ -60,9 +61,8 @@ class Inspection:
 
 def _summary(names: Sequence[str]) -> str:
     """`model.diffusion_model.* (686), cond_stage_model.* (197)`, or `nothing`."""
-    starts = Counter(
-        ".".join(name.split(".")[:2]) if name.startswith("model.") else name.split(".")[0] for name in names
-    )
+    deep = ("model.", *PREFIXES)
+    starts = Counter(".".join(name.split(".")[: 1 + name.startswith(deep)]) for name in names)
     return ", ".join(f"{start}.* ({count})" for start, count in starts.items()) or "nothing"
 
 

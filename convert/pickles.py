@@ -11,6 +11,7 @@ import io
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ def read_pickle(path: Path) -> dict[str, TensorView]:
     Raises CheckpointError for whatever isn't one, or names anything but tensors and containers.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickletools, about the escapes in a damaged string
             zipped = file.read(4) == b"PK\3\4"
             file.seek(0)
             root, locate = (_open_zip if zipped else _open_legacy)(file)
@@ -158,6 +160,8 @@ def _open_zip(file: IO[bytes]) -> tuple[object, Callable[[_Storage], int]]:
         entry = entries[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise ValueError(f"{name} is compressed or encrypted, which torch.save never does")
+        if not 0 <= entry.header_offset < size:
+            raise ValueError(f"{name} begins beyond the file")
         file.seek(entry.header_offset)
         *_, name_size, extra_size = struct.unpack("<4s5H3I2H", file.read(30))
         offset = entry.header_offset + 30 + name_size + extra_size

@@ -14,15 +14,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import random_weights
+from checkpoints import FLUX1, FLUX2, LAYOUTS, LEVEL_ATTENTION, PLAIN, assert_loaded, checkpoint_of, weights_of
 from writers import (
     Tensors,
-    as_torch,
     bfloat16_bits,
     dict_op,
     int_op,
     pickled,
-    respelled,
     tensor_op,
     text_op,
     write_config,
@@ -38,43 +36,6 @@ from mlx_vae.config import FAMILIES
 from mlx_vae.convert import CheckpointError, convert, inspect, save_pretrained
 
 KEYS = Path(__file__).parent / "data" / "keys"
-PLAIN = AutoencoderKLConfig(block_out_channels=(4, 8, 8), norm_num_groups=2, latent_channels=3)
-FLUX1 = AutoencoderKLConfig(
-    block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False
-)
-FLUX2 = AutoencoderKLConfig(
-    block_out_channels=(4, 8),
-    decoder_block_out_channels=(2, 6),
-    norm_num_groups=2,
-    patch_size=(2, 2),
-    scaling_factor=1.0,
-)
-LEVEL_ATTENTION = AutoencoderKLConfig(
-    block_out_channels=(4, 8, 8),
-    norm_num_groups=2,
-    down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"),
-    up_block_types=("AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-)
-FOREIGN = {
-    "model.diffusion_model.input_blocks.0.0.weight": np.zeros((4, 4, 3, 3), np.float32),
-    "cond_stage_model.transformer.text_model.embeddings.position_ids": np.zeros((1, 77), np.int64),
-    "model_ema.decay": np.zeros((), np.float32),
-}
-
-# name: configuration, layout, prefix of the names, tensors of other models
-LAYOUTS = {
-    "diffusers": (PLAIN, "diffusers", "", {}),
-    "old attention": (PLAIN, "old", "", {}),
-    "ldm": (PLAIN, "ldm", "", {}),
-    "first_stage_model": (PLAIN, "ldm", "first_stage_model.", FOREIGN),
-    "vae": (PLAIN, "ldm", "vae.", FOREIGN),
-    "diffusers names in a bundle": (PLAIN, "diffusers", "vae.", FOREIGN),
-    "flux": (FLUX1, "ldm", "", {}),
-    "flux2": (FLUX2, "flux2", "", {"bn.num_batches_tracked": np.zeros((), np.int64)}),
-    "level attention": (LEVEL_ATTENTION, "ldm", "", {}),
-    "first-stage training": (PLAIN, "ldm", "", {"loss.logvar": np.zeros((), np.float32)}),
-}
-
 FILES: dict[str, Callable[[Path, Tensors], Path]] = {
     "vae.safetensors": write_safetensors,
     "vae.sft": write_safetensors,
@@ -83,25 +44,6 @@ FILES: dict[str, Callable[[Path, Tensors], Path]] = {
     "vae.pt": write_legacy,
     "old.ckpt": lambda path, tensors: write_legacy(path, tensors, nested=True),
 }
-
-
-def weights_of(config: AutoencoderKLConfig, seed: int = 0) -> Tensors:
-    """Parameters in MLX's axis order."""
-    weights = random_weights(AutoencoderKL(config), seed)
-    return {name: np.abs(value) + 0.1 if "running_var" in name else value for name, value in weights.items()}
-
-
-def checkpoint_of(config: AutoencoderKLConfig, layout: str, prefix: str = "", others: Tensors | None = None) -> Tensors:
-    tensors = respelled(as_torch(weights_of(config)), config, layout)
-    return (others or {}) | {prefix + name: value for name, value in tensors.items()}
-
-
-def assert_loaded(vae: AutoencoderKL, weights: Tensors, dtype: mx.Dtype = mx.float32) -> None:
-    found = vae.named_parameters()
-    assert found.keys() == weights.keys()
-    for name, value in found.items():
-        assert value.dtype == dtype, name
-        assert mx.array_equal(value, mx.array(weights[name]).astype(dtype)), name
 
 
 @pytest.fixture

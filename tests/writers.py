@@ -211,7 +211,7 @@ def write_zip(
     body: bytes | None = None,
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """As torch.save since PyTorch 1.6. `nested`: under state_dict, beside what trainers keep; `body`: another pickle."""
+    """As torch.save since PyTorch 1.6. `nested`: under state_dict, beside what trainers keep; `body`: any pickle."""
     if body is None:
         body = state_op(tensors)
     if nested:
