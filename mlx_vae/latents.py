@@ -112,16 +112,17 @@ def _described(path: Path, values: mx.array, metadata: dict[str, str]) -> Latent
 
 def _read_npy(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        return {TENSOR_NAME: _to_mlx(np.load(path, allow_pickle=False))}, {}
+        with path.open("rb") as file:
+            return {TENSOR_NAME: _to_mlx(np.lib.format.read_array(file, allow_pickle=False))}, {}
     except (ValueError, EOFError, MemoryError) as error:
         raise ValueError(f"{path}: not a readable .npy file ({error})") from None
 
 
 def _read_npz(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: _to_mlx(archive[name]) for name in archive.files}, {}
-    except (ValueError, EOFError, MemoryError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, MemoryError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a readable .npz file ({error})") from None
 
 
@@ -137,4 +138,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 def _to_mlx(array: np.ndarray) -> mx.array:
     if array.dtype.kind not in "fiu":
         raise ValueError(f"an array of dtype {array.dtype}")
-    return mx.array(array.astype(np.float32) if array.dtype == np.float64 else array)
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    return mx.array(array)

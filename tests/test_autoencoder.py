@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,23 @@ def test_slicing_changes_nothing(vae: AutoencoderKL, x: mx.array, z: mx.array) -
     assert relative_error(vae.encode(x).latent_dist.mean, posterior.mean) < 1e-6
     vae.disable_slicing()
     assert not vae.use_slicing
+
+
+def test_slices_and_tiles_take_less_memory(vae: AutoencoderKL) -> None:
+    z = random_latents((4, 16, 16, 4))
+    mx.eval(z)
+
+    def peak(decode: Callable[[mx.array], DecoderOutput]) -> int:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(decode(z).sample)
+        return mx.get_peak_memory() - before
+
+    whole = peak(vae.decode)
+    vae.enable_slicing()
+    sliced = peak(vae.decode)
+    assert sliced < 0.35 * whole
+    assert peak(vae.tiled_decode) < 0.5 * sliced
 
 
 def test_tiling_is_for_what_is_larger_than_a_tile(vae: AutoencoderKL) -> None:
