@@ -128,12 +128,12 @@ def main(folder: Path, seed: int, count: int) -> None:
         mutation = draw.choice(MUTATIONS)
         mutation(data, draw)
         victim.write_bytes(data)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             outcomes[outcome(path)] += 1
         except Exception:
             crashes.append(f"{number} {mutation.__name__} {victim}\n{traceback.format_exc()}")
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         victim.write_bytes(contents[victim])
     left = sorted(str(path) for path in folder.rglob("*") if path.is_file() and path not in contents)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
