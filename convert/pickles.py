@@ -20,8 +20,8 @@ from typing import IO, Any
 
 from mlx_vae.convert.tensors import ITEMSIZE, CheckpointError, TensorView
 
-MAX_PICKLE = 16 << 20
-"""Bytes of a pickle, tensors' data aside; those of whole training states are a tenth of it."""
+MAX_PICKLE = 8 << 20
+"""Bytes of a pickle, without its tensors' data: ten times those of a training state. One may take a hundred in memory."""
 
 MAX_AXES = 8
 MAX_ELEMENTS = 1 << 40
@@ -30,7 +30,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Storage:
     """A flat array in the file."""
 
@@ -39,7 +39,7 @@ class _Storage:
     size: int  # elements
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Tensor:
     storage: _Storage
     offset: int  # elements
@@ -47,7 +47,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Name:
     """Something that a pickle names, and that we neither import nor call."""
 
@@ -57,7 +57,7 @@ class _Name:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _StorageType:
     dtype: str
 

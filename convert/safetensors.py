@@ -26,7 +26,7 @@ DTYPES = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-MAX_HEADER = 32 << 20
+MAX_HEADER = 16 << 20
 """More than a hundred thousand tensors need."""
 
 

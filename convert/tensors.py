@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be loaded or written: where, what was found and what was wanted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorView:
     """A strided view of a file: element (i, j) is at byte offset + itemsize * (i * strides[0] + j * strides[1])."""
 

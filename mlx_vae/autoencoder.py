@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -110,8 +109,8 @@ class AutoencoderKL(nn.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, kernel_size=1)
         if config.patch_size:
-            channels = math.prod(config.patch_size) * config.latent_channels
-            self.bn = nn.BatchNorm(channels, config.batch_norm_eps, config.batch_norm_momentum, affine=False)
+            eps, momentum = config.batch_norm_eps, config.batch_norm_momentum
+            self.bn = nn.BatchNorm(config.diffusion_channels, eps, momentum, affine=False)
         self.use_slicing = False
         self.tiling: Tiling | None = None
 

@@ -160,6 +160,11 @@ class AutoencoderKLConfig:
         return self.block_out_channels if self.decoder_block_out_channels is None else self.decoder_block_out_channels
 
     @property
+    def diffusion_channels(self) -> int:
+        """The channels of the diffusion model's latents: those of a whole patch, where there is a patch_size."""
+        return self.latent_channels * math.prod(self.patch_size or (1,))
+
+    @property
     def class_name(self) -> str:
         """diffusers' class for this configuration."""
         return "AutoencoderKL" if self.patch_size is None else "AutoencoderKLFlux2"
