@@ -51,6 +51,11 @@ class Checkpoint:
     why: str
     parameters: Parameters
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """That of the weights on disk; float32 where there are several."""
+        return getattr(mx, self.parameters.dtype)
+
     def weights(self, shapes: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
         """The parameters named in `shapes`, all and no others. Raises CheckpointError that names every difference."""
         return self.parameters.read(shapes, dtype)

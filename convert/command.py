@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_vae import cli
+from mlx_vae import cli, precision
 from mlx_vae.autoencoder import AutoencoderKL
 from mlx_vae.config import FAMILIES, AutoencoderKLConfig
 from mlx_vae.convert import hub
@@ -103,11 +103,13 @@ def convert(
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    rescale: bool = True,
 ) -> Path:
     """Writes a checkpoint as a new folder `mlx_path`: config.json, the weights, and for MLX a model card.
 
     `to` is "mlx", or "diffusers" or "ldm" (vae.safetensors) for torch; `dtype` defaults to the one on disk; the other
-    arguments are those of `AutoencoderKL.from_pretrained`. With `upload_repo` the folder is uploaded to the hub, too.
+    arguments, `rescale` among them, are those of `AutoencoderKL.from_pretrained`. With `upload_repo` the folder is
+    uploaded to the hub, too.
     Raises CheckpointError, with nothing written.
     """
     mlx_path = Path(mlx_path)
@@ -118,15 +120,28 @@ def convert(
     print(f"[INFO] Loading {hf_path}")
     checkpoint = open_pretrained(hf_path, subfolder, revision, variant, family)
     print(f"[INFO] Layout {checkpoint.parameters.layout}, family {checkpoint.family}: {checkpoint.why}")
-    weights = checkpoint.weights(_shapes(AutoencoderKL(checkpoint.config)), dtype)
+    vae = AutoencoderKL.from_checkpoint(checkpoint, dtype, rescale) if to == "mlx" else _restored(checkpoint, dtype)
     with making_folder(mlx_path) as folder:
-        save_pretrained(folder, checkpoint.config, weights, to)
+        save_pretrained(folder, vae.config, vae.named_parameters(), to)
         if to == "mlx":
             (folder / "README.md").write_text(_card(str(hf_path), upload_repo or str(mlx_path), checkpoint))
     print(f"[INFO] Wrote {mlx_path}")
     if upload_repo:
         print(f"[INFO] Uploaded to {hub.upload(upload_repo, mlx_path)}")
     return mlx_path
+
+
+def _restored(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> AutoencoderKL:
+    """The model without `activation_scales`, which no other library knows."""
+    if checkpoint.config.activation_scales is None:
+        return AutoencoderKL.from_checkpoint(checkpoint, dtype, rescale=False)
+    vae = AutoencoderKL.from_checkpoint(checkpoint, mx.float32)
+    precision.restore(vae)
+    vae.set_dtype(dtype or checkpoint.dtype)
+    for name, value in vae.named_parameters().items():
+        if precision.overflows(value):
+            raise CheckpointError(f"{name}: without its activation_scales too large for {value.dtype}; take float32")
+    return vae
 
 
 def _shapes(vae: AutoencoderKL) -> dict[str, tuple[int, ...]]:
@@ -174,7 +189,9 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="the branch, tag or commit of a model on the hub")
     parser.add_argument("--variant", help='the files of a variant, as "fp16"')
     parser.add_argument("--upload-repo", help="the model on the hub to upload the result to")
+    parser.add_argument("--no-rescale", action="store_true", help="to float16 as it is, even if activations overflow")
     parser.add_argument("--inspect", action="store_true", help="say what the checkpoint is, and convert nothing")
+    parser.add_argument("--precision", action="store_true", help="with --inspect: how near to overflow float16 comes")
     return parser
 
 
@@ -186,6 +203,16 @@ def _convert(arguments: argparse.Namespace) -> None:
     places = {name: getattr(arguments, name) for name in ("family", "subfolder", "revision", "variant")}
     if arguments.inspect:
         print(inspect(arguments.hf_path, **places))
+        if arguments.precision:
+            print(precision.report(AutoencoderKL.from_pretrained(arguments.hf_path, **places, dtype=mx.float32)))
         return
     dtype = cli.DTYPES[arguments.dtype] if arguments.dtype else None
-    convert(arguments.hf_path, arguments.mlx_path, dtype, arguments.upload_repo, arguments.to, **places)
+    convert(
+        arguments.hf_path,
+        arguments.mlx_path,
+        dtype,
+        arguments.upload_repo,
+        arguments.to,
+        **places,
+        rescale=not arguments.no_rescale,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_vae import convert, layers
+from mlx_vae import convert, layers, precision
 from mlx_vae.blocks import AttentionBlock, DownBlock, MidBlock, UpBlock
 from mlx_vae.config import AutoencoderKLConfig
 from mlx_vae.posterior import DiagonalGaussianDistribution
 from mlx_vae.tiling import Tiling
+
+logger = logging.getLogger(__name__)
 
 
 class AutoencoderKLOutput(NamedTuple):
@@ -111,6 +114,9 @@ class AutoencoderKL(nn.Module):
         if config.patch_size:
             eps, momentum = config.batch_norm_eps, config.batch_norm_momentum
             self.bn = nn.BatchNorm(config.diffusion_channels, eps, momentum, affine=False)
+        if config.activation_scales:
+            precision.rescale_half(self.encoder, *config.activation_scales[:2])
+            precision.rescale_half(self.decoder, *config.activation_scales[2:])
         self.use_slicing = False
         self.tiling: Tiling | None = None
 
@@ -134,31 +140,50 @@ class AutoencoderKL(nn.Module):
         variant: str | None = None,
         family: str | None = None,
         dtype: mx.Dtype | None = None,
+        rescale: bool = True,
     ) -> AutoencoderKL:
         """Loads "tiny", a folder, a single file, or a model on the hub ("stabilityai/sd-vae-ft-mse").
 
         A folder, here or on the hub, is a VAE's own or a whole pipeline's, with `vae/`; `variant` is as "fp16".
-        `dtype` defaults to the one on disk (float32 where there are several).
+        `dtype` defaults to the one on disk (float32 where there are several). In float16 a model with `force_upcast`
+        whose activations would overflow is rescaled, exactly (see `precision`), and a notice says so; not so with
+        `rescale=False`.
         Raises `convert.CheckpointError` (a ValueError) with all that is missing, unexpected or misshapen.
         """
-        return cls._load(convert.open_pretrained(source, subfolder, revision, variant, family), dtype)
+        checkpoint = convert.open_pretrained(source, subfolder, revision, variant, family)
+        return cls.from_checkpoint(checkpoint, dtype, rescale)
 
     @classmethod
     def from_single_file(
-        cls, path: str | os.PathLike[str], family: str | None = None, dtype: mx.Dtype | None = None
+        cls,
+        path: str | os.PathLike[str],
+        family: str | None = None,
+        dtype: mx.Dtype | None = None,
+        rescale: bool = True,
     ) -> AutoencoderKL:
         """Loads a `.safetensors`, `.sft`, `.ckpt`, `.pt` or `.bin`: an autoencoder's own, or a diffusion model's.
 
         A config.json beside it counts. Raises `convert.CheckpointError` (a ValueError), too for a file that fits
         several families: their latents differ in scale, and `family` ("sd", "sdxl" ...) is to say which it is.
+        `dtype` and `rescale` are as for `from_pretrained`.
         """
-        return cls._load(convert.open_single_file(path, family), dtype)
+        return cls.from_checkpoint(convert.open_single_file(path, family), dtype, rescale)
 
     @classmethod
-    def _load(cls, checkpoint: convert.Checkpoint, dtype: mx.Dtype | None) -> AutoencoderKL:
+    def from_checkpoint(
+        cls, checkpoint: convert.Checkpoint, dtype: mx.Dtype | None = None, rescale: bool = True
+    ) -> AutoencoderKL:
+        """Loads what `convert.open_pretrained` or `open_single_file` has found; as `from_pretrained`."""
         vae = cls(checkpoint.config)
         shapes = {name: value.shape for name, value in vae.named_parameters().items()}
-        vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
+        dtype = dtype or checkpoint.dtype
+        if not (dtype == mx.float16 and rescale and vae.config.force_upcast and not vae.config.activation_scales):
+            vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
+            return vae
+        vae.update(tree_unflatten(list(checkpoint.weights(shapes, mx.float32).items())))
+        if line := precision.fit(vae):
+            logger.warning("%s: %s", checkpoint.parameters.path, line)
+        vae.set_dtype(mx.float16)
         return vae
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -176,7 +201,7 @@ class AutoencoderKL(nn.Module):
         x = self._checked_image(x)
         if self.tiling and not self.tiling.covers(x.shape[1] // self.config.factor, x.shape[2] // self.config.factor):
             return self.tiled_encode(x, return_dict)
-        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(self._by_slices(self._encode, x)), return_dict)
+        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(self._run(self._encode, x)), return_dict)
 
     def decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
         """Latents z (N, h, w, C), unscaled -> pictures (N, h * f, w * f, out_channels), with f = `config.factor`.
@@ -186,7 +211,7 @@ class AutoencoderKL(nn.Module):
         z = self._checked(z, "z", self.config.latent_channels)
         if self.tiling and not self.tiling.covers(z.shape[1], z.shape[2]):
             return self.tiled_decode(z, return_dict)
-        return _output(DecoderOutput, self._by_slices(self._decode, z), return_dict)
+        return _output(DecoderOutput, self._run(self._decode, z), return_dict)
 
     def __call__(
         self,
@@ -285,19 +310,26 @@ class AutoencoderKL(nn.Module):
     def tiled_encode(self, x: mx.array, return_dict: bool = True) -> AutoencoderKLOutput:
         """As `encode`, by blended tiles whatever the size."""
         tiling = self.tiling or self._tiling()
-        moments = self._by_slices(lambda x: tiling.encode(self._encode, x), self._checked_image(x))
+        moments = self._run(lambda x: tiling.encode(self._encode, x), self._checked_image(x))
         return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(moments), return_dict)
 
     def tiled_decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
         """As `decode`, by blended tiles whatever the size."""
         tiling = self.tiling or self._tiling()
         z = self._checked(z, "z", self.config.latent_channels)
-        return _output(DecoderOutput, self._by_slices(lambda z: tiling.decode(self._decode, z), z), return_dict)
+        return _output(DecoderOutput, self._run(lambda z: tiling.decode(self._decode, z), z), return_dict)
 
     def _tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> Tiling:
         default = self.config.sample_size
         size = tile_sample_min_size or (default[0] if isinstance(default, tuple) else default)
         return Tiling(size // self.config.factor, self.config.factor, tile_overlap_factor)
+
+    def _run(self, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        """run(x), by slices if they are enabled; again in bfloat16 where float16 overflows."""
+        result = self._by_slices(run, x)
+        if self.dtype == mx.float16 and precision.overflows(result):
+            return precision.in_bfloat16(self, lambda x: self._by_slices(run, x), x)
+        return result
 
     def _by_slices(self, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         if not self.use_slicing:

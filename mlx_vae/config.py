@@ -24,6 +24,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COUNT
 
 
+def _is_power_of_two(value: object) -> bool:
+    return _is_finite(value) and math.frexp(value)[0] == 0.5  # type: ignore[arg-type]
+
+
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -36,6 +40,8 @@ class AutoencoderKLConfig:
     Diffusion latents are `(z - shift_factor) * scaling_factor`, or `(z - latents_mean) * scaling_factor / latents_std`.
     With a `patch_size` this is an `AutoencoderKLFlux2`: its diffusion latents are patches of that size, normalised by
     the statistics of a batch norm, and its decoder may have widths of its own, `decoder_block_out_channels`.
+
+    `activation_scales`, ours alone, are what `precision.rescale` has multiplied the streams by.
 
     Raises ValueError, naming the field, for anything that this library does not implement.
     """
@@ -62,6 +68,7 @@ class AutoencoderKLConfig:
     patch_size: tuple[int, int] | None = None
     batch_norm_eps: float = 1e-4
     batch_norm_momentum: float = 0.1
+    activation_scales: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
@@ -79,6 +86,11 @@ class AutoencoderKLConfig:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be true or false")
         self._check_scaling()
         self._check_patches()
+        scales = self.activation_scales
+        if scales is not None and not (
+            isinstance(scales, tuple) and len(scales) == 4 and all(map(_is_power_of_two, scales))
+        ):
+            raise ValueError(f"activation_scales is {scales!r}; it must hold four powers of two")
 
     def _check_widths(self) -> None:
         for field in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
@@ -196,6 +208,8 @@ class AutoencoderKLConfig:
     def to_dict(self) -> dict[str, Any]:
         """What diffusers would write to config.json, without its version."""
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key not in LACKS[self.class_name]}
+        if self.activation_scales is None:
+            del fields["activation_scales"]  # ours alone
         return {"_class_name": self.class_name, **json.loads(json.dumps(fields))}
 
 
