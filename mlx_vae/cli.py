@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_vae import LOADED_BLAS, blas
+from mlx_vae import BLAS_HINT
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BAD_INPUT = 2
@@ -25,8 +25,8 @@ def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse
     The library raises ValueError for what the user can mend, and the system OSError; anything else is ours to mend, and
     keeps its traceback.
     """
-    if blas.is_missing(LOADED_BLAS):
-        notice(blas.HINT)
+    if BLAS_HINT and mx.default_device() == mx.Device(mx.cpu):
+        notice(BLAS_HINT)
     try:
         return command(arguments) or 0
     except (ValueError, OSError) as error:

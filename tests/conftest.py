@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
+import mlx_vae  # isort: skip  (before mlx: see blas.py)
+
 import pytest
 from models import SMALL, random_model
-
-from mlx_vae import AutoencoderKL
 
 HAS_REFERENCE = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
 collect_ignore_glob = [] if HAS_REFERENCE else ["test_*_parity.py"]
@@ -20,6 +20,6 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture
-def vae() -> AutoencoderKL:
+def vae() -> mlx_vae.AutoencoderKL:
     """A small model of factor 4 with random weights."""
     return random_model(SMALL)
