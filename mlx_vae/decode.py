@@ -13,7 +13,10 @@ from tqdm import tqdm
 from mlx_vae import cli
 from mlx_vae.autoencoder import AutoencoderKL
 from mlx_vae.images import check_image_path, save_image
-from mlx_vae.latents import Latents, load_latents
+from mlx_vae.inputs import Input, find_inputs
+from mlx_vae.latents import ENDINGS, Latents, load_latents
+
+FORMATS = ("png", "jpg", "webp", "tiff")
 
 
 def decode_files(
@@ -24,23 +27,31 @@ def decode_files(
     layout: str | None = None,
     dtype: mx.Dtype = mx.float32,
     tile: bool = False,
+    format: str = "png",
+    bits: int = 8,
+    quality: int = 95,
+    lossless: bool = False,
 ) -> list[Path]:
-    """Decodes latent files and returns the paths of the pictures, one for each latent of each file.
+    """Decodes latent files, and those in folders, and returns the paths of the pictures, one for each latent of a file.
 
     `output` is a picture file, numbered where there are several pictures, or a folder (it exists, or ends in a slash),
-    where each picture is called after its latent file. What a file says of its model and scaling holds unless `model`
-    and `scaled` say otherwise; a file that says nothing of its scaling is taken as scaled, with a notice. `layout` is
-    that of files that don't say ("nchw" or "nhwc").
+    where each picture is called after its latent file, lies as deep as it did, and is of kind `format` ("png"). `bits`
+    (8, or 16 for PNG), `quality` (1 to 100) and `lossless` are those of `images.save_image`.
+
+    What a file says of its model and scaling holds unless `model` and `scaled` say otherwise; a file that says nothing
+    of its scaling is taken as scaled, with a notice. `layout` is that of files that don't say ("nchw" or "nhwc").
 
     Raises ValueError for a user's mistake, before anything is written.
     """
     into_folder = Path(output).is_dir() or os.fspath(output).endswith("/")
-    if not into_folder:
-        check_image_path(output)
+    check_image_path(f"a.{format}" if into_folder else output, bits)
+    if not 1 <= quality <= 100:
+        raise ValueError(f"a quality of {quality}; wanted 1 to 100")
+    inputs = find_inputs(sources, ENDINGS)
     models: dict[str, AutoencoderKL] = {}
-    pictures: list[tuple[AutoencoderKL, Latents, mx.array]] = []
+    pictures: list[tuple[AutoencoderKL, dict[str, str], Latents, mx.array]] = []
     counts = []
-    for source in sources:
+    for source, _ in inputs:
         latents = load_latents(source)
         name = model or latents.model
         if name is None:
@@ -58,27 +69,30 @@ def decode_files(
             cli.notice(f"{source}: does not say whether it is scaled; taken as scaled (if it is not: --unscaled)")
         if latents.scaled is not False if scaled is None else scaled:
             z = vae.unscale(z.astype(mx.float32))
-        pictures += [(vae, latents, z[i : i + 1]) for i in range(z.shape[0])]
+        record = {"model": name, "source": latents.record.get("source", source.name)}
+        pictures += [(vae, record, latents, z[i : i + 1]) for i in range(z.shape[0])]
         counts.append(z.shape[0])
 
     output = Path(output)
-    targets = _in_folder(output, sources, counts) if into_folder else _numbered(output, sum(counts))
-    for (vae, latents, z), target in zip(tqdm(pictures, unit="picture", disable=None), targets, strict=True):
-        x = vae.decode(z).sample[0]
-        save_image(target, x[: latents.height, : latents.width])
+    targets = _in_folder(output, inputs, counts, format) if into_folder else _numbered(output, sum(counts))
+    for (vae, record, latents, z), target in zip(tqdm(pictures, unit="picture", disable=None), targets, strict=True):
+        x = vae.decode(z).sample[0][: latents.height, : latents.width]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_image(target, x, bits, quality, lossless, record)
     return targets
 
 
-def _in_folder(folder: Path, sources: Sequence[str | os.PathLike[str]], counts: Sequence[int]) -> list[Path]:
-    """A .png for each picture, called after its latent file; makes the folder. Raises ValueError for doubled names."""
-    stems = [Path(source).stem for source in sources]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise ValueError(f"{folder / stem}.png: several latent files of that name would be written to it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        target for stem, count in zip(stems, counts, strict=True) for target in _numbered(folder / f"{stem}.png", count)
-    ]
+def _in_folder(folder: Path, inputs: Sequence[Input], counts: Sequence[int], format: str) -> list[Path]:
+    """A picture file for each picture, called after its latent file. Raises ValueError for doubled names."""
+    taken: set[str] = set()
+    targets = []
+    for (_, name), count in zip(inputs, counts, strict=True):
+        name = name.with_suffix(f".{format}")
+        if str(name).casefold() in taken:
+            raise ValueError(f"{folder / name}: several latent files of that name would be written to it")
+        taken.add(str(name).casefold())
+        targets += _numbered(folder / name, count)
+    return targets
 
 
 def _numbered(path: Path, count: int) -> list[Path]:
@@ -90,7 +104,9 @@ def _numbered(path: Path, count: int) -> list[Path]:
 
 def configure_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx_vae.decode", description="Decode latents into pictures.")
-    parser.add_argument("latents", nargs="+", help="latent files: .safetensors, .npy or .npz")
+    parser.add_argument(
+        "latents", nargs="+", metavar="LATENTS", help=f"latent files ({', '.join(ENDINGS)}) or folders of them"
+    )
     parser.add_argument(
         "-o", "--output", required=True, help="a picture file, numbered if there are several, or a folder"
     )
@@ -101,6 +117,10 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layout", choices=("nchw", "nhwc"), help="axis order of files that do not say theirs")
     parser.add_argument("--dtype", choices=tuple(cli.DTYPES), default="float32")
     parser.add_argument("--tile", action="store_true", help="decode by blended tiles: less memory, approximate")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="kind of the pictures in a folder (png)")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="bits a channel; 16 for .png (8)")
+    parser.add_argument("--quality", type=int, default=95, metavar="1-100", help="of .jpg and .webp (95)")
+    parser.add_argument("--lossless", action="store_true", help="write .webp without loss")
     return parser
 
 
@@ -117,6 +137,10 @@ def _decode(arguments: argparse.Namespace) -> None:
         arguments.layout,
         cli.DTYPES[arguments.dtype],
         arguments.tile,
+        arguments.format,
+        arguments.bits,
+        arguments.quality,
+        arguments.lossless,
     )
     for picture in pictures:
         print(picture)

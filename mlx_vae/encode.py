@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from mlx_vae import cli
 from mlx_vae.autoencoder import AutoencoderKL
 from mlx_vae.files import writing_into
-from mlx_vae.images import load_image, pad_to_multiple, picture_endings
+from mlx_vae.images import Picture, load_image, pad_to_multiple, picture_endings
 from mlx_vae.inputs import Input, find_inputs
 from mlx_vae.latents import Latents, read_metadata, save_latents
 from mlx_vae.posterior import DiagonalGaussianDistribution
@@ -51,10 +52,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the latents of a picture depend on, besides the picture and the model.
+    """How pictures are encoded.
 
     `seed` is None for the mode of the posterior; otherwise it is sampled, with noise that depends on the seed and on
-    the name of the picture. `background`, `resize` and `max_side` are those of `images.load_image`.
+    the name of the picture. `background`, `resize` and `max_side` are those of `images.load_image`. `batch_size` is the
+    most pictures that go through the model together.
 
     Raises ValueError for values that make no sense.
     """
@@ -75,11 +77,10 @@ class Settings:
             raise ValueError("resize and max_side exclude each other")
 
     def record(self) -> dict[str, str]:
-        """As strings, for the metadata of a latent file."""
+        """As strings, for the metadata of a latent file: all but the batch size, which changes rounding alone."""
         return {
             "posterior": "mode" if self.seed is None else f"sample, seed {self.seed}",
             "dtype": str(self.dtype).removeprefix("mlx.core."),
-            "batch_size": str(self.batch_size),
             "background": "#" + bytes(ImageColor.getrgb(self.background)[:3]).hex(),
             "resize": "x".join(map(str, self.resize or ())),
             "max_side": str(self.max_side or ""),
@@ -117,8 +118,10 @@ class Job(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A picture that is ready for the model, (H, W, 3) before padding; or whose latent file is `done`, and then without
-    its values."""
+    """A picture of height x width that is ready for the model: values (H, W, 3), padded, and its latents' record.
+
+    Both are None where the latent file is there already.
+    """
 
     job: Job
     height: int
@@ -126,10 +129,6 @@ class Entry(NamedTuple):
     values: np.ndarray | None = None
     record: dict[str, str] | None = None
     notices: Sequence[str] = ()
-
-    @property
-    def done(self) -> bool:
-        return self.values is None
 
 
 def encode_files(
@@ -157,13 +156,13 @@ def encode_files(
     folder = _folder(Path(output))
     folder.mkdir(parents=True, exist_ok=True)
     mine = list(_chunks(jobs))[group.rank() :: group.size()]
-    run = _Run(vae, os.fspath(model), settings)
     with (
         writing_into(folder, {job.target for job in jobs}),
         _quiet_pillow(),
         tqdm(total=sum(map(len, mine)), unit="picture", disable=True if group.rank() else None) as bar,
     ):
-        run.encode(mine, bar)
+        run = _Run(vae, os.fspath(model), settings, bar)
+        run.encode(mine)
     report = run.report
     report.encoded, report.skipped, report.failed = _summed([report.encoded, report.skipped, report.failed], group)
     report.seconds = time.perf_counter() - start
@@ -182,7 +181,7 @@ def _is_file(output: Path) -> bool:
 
 
 def _jobs(inputs: Sequence[Input], output: Path) -> list[Job]:
-    """Raises ValueError where two pictures would be written to one file, letters' case aside as on a Mac."""
+    """Each picture once. Raises ValueError where two would be written to one file, letters' case aside as on a Mac."""
     if _is_file(output):
         if len(inputs) > 1:
             raise ValueError(f"{output}: one file for {len(inputs)} pictures; name a folder")
@@ -191,16 +190,16 @@ def _jobs(inputs: Sequence[Input], output: Path) -> list[Job]:
         return [Job(inputs[0], output)]
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; wanted a folder, or a file that ends in .safetensors")
-    taken: dict[str, Path] = {}
+    jobs: dict[str, Job] = {}
     for picture in inputs:
-        name = picture.name.with_suffix("").as_posix()
-        other = taken.setdefault(name.casefold(), picture.path)
-        if other != picture.path:
+        target = output / picture.name.with_suffix(".safetensors")
+        other = jobs.setdefault(str(target).casefold(), Job(picture, target)).picture
+        if other.path != picture.path:
             raise ValueError(
-                f"{other} and {picture.path} would both be written to {output / name}.safetensors; "
+                f"{other.path} and {picture.path} would both be written to {target}; "
                 "rename one, or encode them into different folders"
             )
-    return [Job(picture, output / picture.name.with_suffix(".safetensors")) for picture in inputs]
+    return list(jobs.values())
 
 
 def _chunks(jobs: list[Job]) -> Iterator[list[Job]]:
@@ -225,30 +224,228 @@ def _summed(counts: Sequence[int], group: mx.distributed.Group) -> list[int]:
 
 
 class _Run:
-    """Reads ahead, encodes and writes behind; what it did is in `report`."""
+    """Reads ahead, encodes and writes behind; `report` counts what became of the pictures."""
 
-    def __init__(self, vae: AutoencoderKL, model: str, settings: Settings) -> None:
+    def __init__(self, vae: AutoencoderKL, model: str, settings: Settings, bar: tqdm) -> None:
         self.vae = vae
         self.model = str(Path(model).resolve()) if Path(model).exists() else model
         self.settings = settings
-        self.fixed = {"model_sha256": _digest(vae), **settings.record()}
+        self.fixed = {"model_sha256": _model_digest(vae), **settings.record()}
+        self.bar = bar
         self.report = Report()
+        self.writing: deque[tuple[Job, Future[None]]] = deque()
 
-    def encode(self, chunks: Sequence[Sequence[Job]], bar: tqdm) -> None:
+    def encode(self, chunks: Sequence[Sequence[Job]]) -> None:
         readers, writers = ThreadPoolExecutor(READERS), ThreadPoolExecutor(WRITERS)
-        pending: deque[tuple[Job, Future[None]]] = deque()
+        jobs = [job for chunk in chunks for job in chunk]
+        entries = _ahead(readers, self._read, jobs)
         try:
-            jobs = (job for chunk in chunks for job in chunk)
-            entries = _ahead(readers, self._read, jobs, depth=CHUNK)
             for chunk in chunks:
-                for batch in self._batches(entry for entry, _ in zip(entries, chunk)):
+                for batch in self._batches(islice(entries, len(chunk))):
                     for job, latents in self._encode(batch):
-                        pending.append((job, writers.submit(_write, job, latents)))
-                        while len(pending) > CHUNK:
-                            self._settle(*pending.popleft())
-                bar.update(len(chunk))
-            while pending:
-                self._settle(*pending.popleft())
+                        self.writing.append((job, writers.submit(_write, job.target, latents)))
+                    self._settle(leave=CHUNK)
+                    self.bar.update(len(batch))
+            self._settle(leave=0)
         finally:
             for pool in (readers, writers):
                 pool.shutdown(cancel_futures=True)
+
+    def _read(self, job: Job) -> Entry:
+        """Runs in a thread. Raises ValueError and OSError for pictures that can't be read."""
+        record = {"source": job.picture.name.as_posix(), "source_sha256": _file_digest(job.picture.path), **self.fixed}
+        found = read_metadata(job.target) or {}
+        wanted = {**record, "scaled": "true" if self.settings.scaled else "false"}
+        if all(found.get(key) == value for key, value in wanted.items()):
+            return Entry(job, int(found["height"]), int(found["width"]))
+        picture = self._load(job)
+        height, width, _ = picture.values.shape
+        return Entry(job, height, width, self._padded(picture), record, picture.notices)
+
+    def _load(self, job: Job) -> Picture:
+        settings = self.settings
+        return load_image(job.picture.path, settings.background, settings.resize, settings.max_side)
+
+    def _padded(self, picture: Picture) -> np.ndarray:
+        return pad_to_multiple(picture.values, self.vae.config.factor)
+
+    def _batches(self, entries: Iterable[tuple[Job, Future[Entry]]]) -> Iterator[list[Entry]]:
+        """Entries of one padded size, as many as a batch may hold; those that can't be read go into the report."""
+        factor = self.vae.config.factor
+        waiting: dict[tuple[int, int], list[Entry]] = defaultdict(list)
+        for job, future in entries:
+            try:
+                entry = future.result()
+            except (ValueError, OSError) as error:
+                self.report.fail(str(error))
+                self.bar.update()
+                continue
+            for notice in entry.notices:
+                tqdm.write(f"{job.picture.path}: {notice}", file=sys.stderr)
+            size = -(-entry.height // factor), -(-entry.width // factor)
+            waiting[size].append(entry)
+            if len(waiting[size]) == self._capacity(*size):
+                yield waiting.pop(size)
+        yield from waiting.values()
+
+    def _capacity(self, h: int, w: int) -> int:
+        pixels = h * w * self.vae.config.factor**2
+        return max(1, min(self.settings.batch_size, BATCH_PIXELS // pixels))
+
+    def _encode(self, batch: Sequence[Entry]) -> Iterator[tuple[Job, Latents]]:
+        """The latents of a batch that aren't there yet. Those that are go through the model with the others again: so
+        each shares its rounding with the same neighbours as ever."""
+        self.report.skipped += sum(entry.values is None for entry in batch)
+        if all(entry.values is None for entry in batch):
+            return
+        images = [self._padded(self._load(entry.job)) if entry.values is None else entry.values for entry in batch]
+        start = time.perf_counter()
+        moments = self.vae.encode(mx.array(np.stack(images))).latent_dist.moments
+        mx.eval(moments)
+        self.report.model_seconds += time.perf_counter() - start
+        for i, entry in enumerate(batch):
+            if entry.record is None:
+                continue
+            z = self._latents(DiagonalGaussianDistribution(moments[i : i + 1]), entry.record["source"])
+            if not mx.all(mx.isfinite(z)).item():
+                self.report.fail(f"{entry.job.picture.path}: its latents are not finite: use float32 or bfloat16")
+                continue
+            yield (
+                entry.job,
+                Latents(
+                    z,
+                    model=self.model,
+                    scaled=self.settings.scaled,
+                    height=entry.height,
+                    width=entry.width,
+                    record=entry.record,
+                ),
+            )
+
+    def _latents(self, posterior: DiagonalGaussianDistribution, name: str) -> mx.array:
+        if self.settings.seed is None:
+            z = posterior.mode()
+        else:
+            digest = hashlib.sha256(f"{self.settings.seed} {name}".encode(errors="surrogateescape")).digest()
+            z = posterior.sample(mx.random.key(int.from_bytes(digest[:8], "big")))
+        if self.settings.scaled:
+            z = self.vae.scale(z.astype(mx.float32)).astype(z.dtype)
+        return mx.contiguous(z)
+
+    def _settle(self, leave: int) -> None:
+        """Waits until no more than `leave` files are still to be written."""
+        while len(self.writing) > leave:
+            job, future = self.writing.popleft()
+            try:
+                future.result()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self.report.fail(f"{job.target}: {error}")
+            else:
+                self.report.encoded += 1
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """(item, future of function(item)) in order; begun early, but never for more than 2 * READERS of them."""
+    begun: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        begun.append((item, pool.submit(function, item)))
+        if len(begun) == 2 * READERS:
+            yield begun.popleft()
+    yield from begun
+
+
+def _write(target: Path, latents: Latents) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_latents(target, latents)
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _model_digest(vae: AutoencoderKL) -> str:
+    """Of the configuration and the weights: tells models apart, whatever they are called."""
+    digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
+    for name, value in sorted(vae.named_parameters().items()):
+        digest.update(f"{name} {value.shape} {value.dtype}".encode())
+        digest.update(np.array(value.view(mx.uint8)).data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Without the warnings that Pillow gives of odd files, for the time that threads read them: `load_image` tells."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+# The command
+
+
+def configure_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx_vae.encode", description="Encode pictures into latents.")
+    parser.add_argument("pictures", nargs="+", metavar="INPUT", help="picture files, folders, or globs in quotes")
+    parser.add_argument(
+        "-o", "--output", required=True, help="a .safetensors file for one picture, or a folder, which keeps the names"
+    )
+    parser.add_argument("--model", required=True, help='"tiny", or a model folder')
+    parser.add_argument("--sample", action="store_true", help="sample the posterior; the default is its mode")
+    parser.add_argument("--seed", type=int, help="of --sample (0); a picture's noise depends on it and on its name")
+    scaling = parser.add_mutually_exclusive_group()
+    scaling.add_argument(
+        "--scaled", action="store_true", default=True, help="latents of a diffusion model (the default)"
+    )
+    scaling.add_argument("--unscaled", dest="scaled", action="store_false", help="latents as the encoder gives them")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--resize", type=_size, metavar="WxH", help="give pictures this size, stretched where need be")
+    size.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
+    parser.add_argument("--background", default="white", help="colour behind transparent pictures: a name or #rrggbb")
+    parser.add_argument("--dtype", choices=tuple(cli.DTYPES), default="float32")
+    parser.add_argument("--batch-size", type=int, default=8, help="most pictures of one size to encode together (8)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_encode, configure_parser().parse_args(argv))
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    if arguments.seed is not None and not arguments.sample:
+        raise ValueError("--seed is for --sample")
+    settings = Settings(
+        seed=(arguments.seed or 0) if arguments.sample else None,
+        scaled=arguments.scaled,
+        dtype=cli.DTYPES[arguments.dtype],
+        batch_size=arguments.batch_size,
+        background=arguments.background,
+        resize=arguments.resize,
+        max_side=arguments.max_side,
+    )
+    report = encode_files(arguments.pictures, arguments.output, arguments.model, settings)
+    for failure in report.failures:
+        cli.notice(f"error: {failure}")
+    if mx.distributed.init().rank() == 0:
+        cli.notice(report.summary())
+        print(arguments.output)
+    return FAILED if report.failed else 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -165,7 +165,7 @@ def _wide(image: Image.Image, notices: list[str]) -> Image.Image:
     levels = np.asarray(image).astype(np.float64)
     top = 1.0 if image.mode == "F" else 65535.0
     low, high = levels.min(), levels.max()
-    if not (0 <= low and high <= top):  # and not NaN
+    if not (low >= 0 and high <= top):  # and not NaN
         raise ValueError(f"a picture of values from {low:g} to {high:g}; wanted 0 to {top:g}")
     return Image.fromarray((levels * (255 / top)).astype(np.float32))
 

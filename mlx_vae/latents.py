@@ -18,6 +18,7 @@ from mlx_vae.files import replacing
 
 FORMAT_VERSION = "1"
 TENSOR_NAME = "latents"
+ENDINGS = (".npy", ".npz", ".safetensors")
 FIELDS = ("model", "family", "scaled", "height", "width", "format_version")
 
 
@@ -26,8 +27,8 @@ class Latents:
     """Latents of one or more pictures, and what is known about them; None where the file doesn't say.
 
     `values` is (N, h, w, C); from a file of others, where `own` is False, also (N, C, h, w), and either without the N:
-    `nhwc` tells which. `height` and `width` are those of the pictures in pixels, before padding. `record` is what else the
-    writer of the file has noted, such as the `source` that the latents come from.
+    `nhwc` tells which. `height` and `width` are those of the pictures in pixels, before padding. `record` is what else
+    the writer of the file has noted, such as the `source` that the latents come from.
     """
 
     values: mx.array
@@ -95,9 +96,9 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
     finite numbers.
     """
     path = Path(path)
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
+    readers = dict(zip(ENDINGS, (_read_npy, _read_npz, _read_safetensors), strict=True))
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: {path.suffix or 'no'} ending; latents are read from {', '.join(readers)}")
+        raise ValueError(f"{path}: {path.suffix or 'no'} ending; latents are read from {', '.join(ENDINGS)}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     arrays, metadata = readers[path.suffix.lower()](path)

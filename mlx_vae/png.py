@@ -23,8 +23,10 @@ def write_png16(file: BinaryIO, pixels: np.ndarray, text: Mapping[str, str]) -> 
     file.write(SIGNATURE)
     _write_chunk(file, b"IHDR", struct.pack(">IIBBBBB", W, H, 16, COLOUR_TYPES[C], 0, 0, 0))
     for keyword, value in text.items():
-        _write_chunk(file, b"iTXt", keyword.encode("latin-1") + bytes(5) + value.encode())  # no compression, no language
-    _write_chunk(file, b"IDAT", zlib.compress(filtered))
+        _write_chunk(
+            file, b"iTXt", keyword.encode("latin-1") + bytes(5) + value.encode()
+        )  # no compression, no language
+    _write_chunk(file, b"IDAT", zlib.compress(filtered.tobytes()))
     _write_chunk(file, b"IEND", b"")
 
 
