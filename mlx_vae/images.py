@@ -86,22 +86,22 @@ def pad_to_multiple(values: np.ndarray, factor: int) -> np.ndarray:
 
 def _opened(path: Path, notices: list[str]) -> Image.Image:
     """The first picture of a file, decoded and turned upright."""
-    image = Image.open(path, formats=_readable())
-    limit, (width, height) = Image.MAX_IMAGE_PIXELS, image.size
-    if limit is not None and width * height > limit:  # Pillow itself warns here, and refuses at twice the limit
-        raise Image.DecompressionBombError(f"{width}x{height}")
-    registered = Image.registered_extensions().get(path.suffix.lower())
-    if image.format not in (registered, "MPO") and path.suffix.lower() not in HEIF_ENDINGS:
-        notices.append(f"is a {image.format} file, whatever its ending says")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # an MPO is a photo with its preview
-        notices.append(f"holds {getattr(image, 'n_frames', 1)} pictures; the first is taken")
-        image.seek(0)
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        notices.append("its EXIF data is damaged; the picture is taken as upright")
-        return image
+    with path.open("rb") as file, Image.open(file, formats=_readable()) as image:
+        limit, (width, height) = Image.MAX_IMAGE_PIXELS, image.size
+        if limit is not None and width * height > limit:  # Pillow itself warns here, and refuses at twice the limit
+            raise Image.DecompressionBombError(f"{width}x{height}")
+        kind, ending = image.format, path.suffix.lower()
+        if kind not in ("MPO", Image.registered_extensions().get(ending)) and ending not in HEIF_ENDINGS:
+            notices.append(f"is a {kind} file, whatever its ending says")
+        count = getattr(image, "n_frames", 1)
+        if count > 1 and kind != "MPO":  # which is a photo with its preview
+            notices.append(f"holds {count} pictures; the first is taken")
+        image.load()
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:
+            notices.append("its EXIF data is damaged; the picture is taken as upright")
+            return image.copy()
 
 
 @functools.cache
