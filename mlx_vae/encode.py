@@ -56,7 +56,7 @@ class Settings:
 
     `seed` is None for the mode of the posterior; otherwise it is sampled, with noise that depends on the seed and on
     the name of the picture. `background`, `resize` and `max_side` are those of `images.load_image`. `batch_size` is the
-    most pictures that go through the model together.
+    most pictures that go through the model together; `tile` has large ones go through it by blended tiles.
 
     Raises ValueError for values that make no sense.
     """
@@ -68,12 +68,14 @@ class Settings:
     background: str = "white"
     resize: tuple[int, int] | None = None
     max_side: int | None = None
+    tile: bool = False
 
     def __post_init__(self) -> None:
         ImageColor.getrgb(self.background)
-        if min(self.resize or (1,)) < 1 or (self.max_side or 1) < 1 or self.batch_size < 1:
+        sizes = (*(self.resize or ()), self.max_side, self.batch_size)
+        if any(size is not None and size < 1 for size in sizes):
             raise ValueError("a size of a picture or of a batch must be 1 or more")
-        if self.resize and self.max_side:
+        if self.resize is not None and self.max_side is not None:
             raise ValueError("resize and max_side exclude each other")
 
     def record(self) -> dict[str, str]:
@@ -84,6 +86,7 @@ class Settings:
             "background": "#" + bytes(ImageColor.getrgb(self.background)[:3]).hex(),
             "resize": "x".join(map(str, self.resize or ())),
             "max_side": str(self.max_side or ""),
+            "tile": str(self.tile).lower(),
         }
 
 
@@ -153,6 +156,8 @@ def encode_files(
     vae = AutoencoderKL.from_pretrained(model, dtype=settings.dtype)
     if vae.config.in_channels != 3:
         raise ValueError(f"{model}: takes pictures of {vae.config.in_channels} channels; picture files give 3")
+    if settings.tile:
+        vae.enable_tiling()
     folder = _folder(Path(output))
     folder.mkdir(parents=True, exist_ok=True)
     mine = list(_chunks(jobs))[group.rank() :: group.size()]
@@ -411,6 +416,7 @@ def configure_parser() -> argparse.ArgumentParser:
     size.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
     parser.add_argument("--background", default="white", help="colour behind transparent pictures: a name or #rrggbb")
     parser.add_argument("--dtype", choices=tuple(cli.DTYPES), default="float32")
+    parser.add_argument("--tile", action="store_true", help="encode by blended tiles: less memory, approximate")
     parser.add_argument("--batch-size", type=int, default=8, help="most pictures of one size to encode together (8)")
     return parser
 
@@ -430,6 +436,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         background=arguments.background,
         resize=arguments.resize,
         max_side=arguments.max_side,
+        tile=arguments.tile,
     )
     report = encode_files(arguments.pictures, arguments.output, arguments.model, settings)
     for failure in report.failures:

@@ -82,9 +82,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str] | None:
             (length,) = struct.unpack("<Q", file.read(8))
             size = os.fstat(file.fileno()).st_size
             header = json.loads(file.read(length)) if length < size else {}
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         end = max(tensor["data_offsets"][1] for tensor in header.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error):
         return None
     return metadata if size == 8 + length + end and "format_version" in metadata else None
 
