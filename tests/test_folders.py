@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from models import SMALL, random_model
 from pictures import contents, make_folder, random_picture
 from PIL import Image
 
-from mlx_vae import decode
+from mlx_vae import AutoencoderKLConfig, decode
 from mlx_vae.decode import decode_files
 from mlx_vae.encode import Settings, encode_files, main
 from mlx_vae.files import writing_into
@@ -301,12 +300,13 @@ def test_damaged_pictures_each_get_a_line(tmp_path: Path, model: Path, capsys: p
 
 def test_large_pictures_come_back_in_their_sizes(tmp_path: Path) -> None:
     """Of one padded size but more pixels than a batch may hold together; without attention, for the memory's sake."""
-    random_model(dataclasses.replace(SMALL, mid_block_add_attention=False)).save_pretrained(tmp_path / "model")
-    sizes = {"a": (999, 1499), "b": (1000, 1500), "c": (1000, 1499)}
+    config = AutoencoderKLConfig(block_out_channels=(2, 2, 2, 2), norm_num_groups=1, mid_block_add_attention=False)
+    random_model(config).save_pretrained(tmp_path / "model")
+    sizes = {"a": (999, 1499), "b": (1000, 1500)}
     (tmp_path / "photos").mkdir()
     for name, size in sizes.items():
         Image.fromarray(np.full((*size, 3), 99, np.uint8)).save(tmp_path / "photos" / f"{name}.png")
-    assert encode_files([tmp_path / "photos"], tmp_path / "z", tmp_path / "model").encoded == 3
+    assert encode_files([tmp_path / "photos"], tmp_path / "z", tmp_path / "model").encoded == 2
     for picture in decode_files([tmp_path / "z"], tmp_path):
         with Image.open(picture) as back:
             assert back.size == sizes[picture.stem][::-1]
