@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from mlx_vae import cli
 from mlx_vae.autoencoder import AutoencoderKL
+from mlx_vae.config import FAMILIES
+from mlx_vae.convert.families import ANY
 from mlx_vae.images import check_image_path, save_image
 from mlx_vae.inputs import Input, find_inputs
 from mlx_vae.latents import ENDINGS, Latents, load_latents
@@ -31,6 +34,7 @@ def decode_files(
     bits: int = 8,
     quality: int = 95,
     lossless: bool = False,
+    family: str | None = None,
 ) -> list[Path]:
     """Decodes latent files, and those in folders, and returns the paths of the pictures, one for each latent of a file.
 
@@ -38,8 +42,9 @@ def decode_files(
     where each picture is called after its latent file, lies as deep as it did, and is of kind `format` ("png"). `bits`
     (8, or 16 for PNG), `quality` (1 to 100) and `lossless` are those of `images.save_image`.
 
-    What a file says of its model and scaling holds unless `model` and `scaled` say otherwise; a file that says nothing
-    of its scaling is taken as scaled, with a notice. `layout` is that of files that don't say ("nchw" or "nhwc").
+    What a file says of its model and scaling holds unless `model` (with `family`, as `from_pretrained` takes them) and
+    `scaled` say otherwise; a file that says nothing of its scaling is taken as scaled, with a notice. `layout` is that
+    of files that don't say ("nchw" or "nhwc").
 
     Raises ValueError for a user's mistake, before anything is written.
     """
@@ -48,7 +53,7 @@ def decode_files(
     if not 1 <= quality <= 100:
         raise ValueError(f"a quality of {quality}; wanted 1 to 100")
     inputs = find_inputs(sources, ENDINGS)
-    models: dict[str, AutoencoderKL] = {}
+    models: dict[tuple[str, str | None], AutoencoderKL] = {}
     pictures: list[tuple[AutoencoderKL, dict[str, str], Latents, mx.array]] = []
     counts = []
     for source, _ in inputs:
@@ -56,18 +61,21 @@ def decode_files(
         name = model or latents.model
         if name is None:
             raise ValueError(f"{source}: does not say which model made it; name one with --model")
-        if name not in models:
-            models[name] = AutoencoderKL.from_pretrained(name, dtype=dtype)
+        place = name, family or (latents.family if model is None else None)
+        if place not in models:
+            models[place] = AutoencoderKL.from_pretrained(name, family=place[1], dtype=dtype)
             if tile:
-                models[name].enable_tiling()
-        vae = models[name]
+                models[place].enable_tiling()
+        vae = models[place]
+        is_scaled = latents.scaled is not False if scaled is None else scaled
+        patch = math.prod(vae.config.patch_size or (1,)) if is_scaled else 1
         try:
-            z = latents.nhwc(vae.config.latent_channels, layout)
+            z = latents.nhwc(vae.config.latent_channels * patch, layout)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         if scaled is None and latents.scaled is None:
             cli.notice(f"{source}: does not say whether it is scaled; taken as scaled (if it is not: --unscaled)")
-        if latents.scaled is not False if scaled is None else scaled:
+        if is_scaled:
             z = vae.unscale(z.astype(mx.float32))
         record = {"model": name, "source": latents.record.get("source", source.name)}
         pictures += [(vae, record, latents, z[i : i + 1]) for i in range(z.shape[0])]
@@ -110,7 +118,12 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", required=True, help="a picture file, numbered if there are several, or a folder"
     )
-    parser.add_argument("--model", help='"tiny", or a model folder; the default is what the latent file says')
+    parser.add_argument(
+        "--model", help='"tiny", a model folder or file, or one on the hub; the latent file\'s own if not given'
+    )
+    parser.add_argument(
+        "--family", choices=(*FAMILIES, ANY), help="which model's autoencoder it is, if it fits several"
+    )
     scaling = parser.add_mutually_exclusive_group()
     scaling.add_argument("--scaled", action="store_true", default=None, help="latents of a diffusion model")
     scaling.add_argument("--unscaled", dest="scaled", action="store_false", help="latents as the encoder gives them")
@@ -141,6 +154,7 @@ def _decode(arguments: argparse.Namespace) -> None:
         arguments.bits,
         arguments.quality,
         arguments.lossless,
+        arguments.family,
     )
     for picture in pictures:
         print(picture)

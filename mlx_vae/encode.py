@@ -11,6 +11,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -32,6 +33,8 @@ from tqdm import tqdm
 
 from mlx_vae import cli
 from mlx_vae.autoencoder import AutoencoderKL
+from mlx_vae.config import FAMILIES
+from mlx_vae.convert.families import ANY, family_of
 from mlx_vae.files import writing_into
 from mlx_vae.images import Picture, load_image, pad_to_multiple, picture_endings
 from mlx_vae.inputs import Input, find_inputs
@@ -139,8 +142,11 @@ def encode_files(
     output: str | os.PathLike[str],
     model: str | os.PathLike[str],
     settings: Settings | None = None,
+    family: str | None = None,
 ) -> Report:
     """Encodes pictures into latent files: those that `sources` name, the folders and globs among them whole.
+
+    `model` and `family` are those of `AutoencoderKL.from_pretrained`.
 
     `output` is a .safetensors file for a single picture, or a folder, where each latent file is called after its
     picture and lies as deep as it did. A file that is there already, whole, and made from the same picture by the same
@@ -153,7 +159,7 @@ def encode_files(
     start, group = time.perf_counter(), mx.distributed.init()
     jobs = _jobs(find_inputs(sources, picture_endings()), Path(output))
     _check_agreement(jobs, group)
-    vae = AutoencoderKL.from_pretrained(model, dtype=settings.dtype)
+    vae = AutoencoderKL.from_pretrained(model, family=family, dtype=settings.dtype)
     if vae.config.in_channels != 3:
         raise ValueError(f"{model}: takes pictures of {vae.config.in_channels} channels; picture files give 3")
     if settings.tile:
@@ -166,7 +172,7 @@ def encode_files(
         _quiet_pillow(),
         tqdm(total=sum(map(len, mine)), unit="picture", disable=True if group.rank() else None) as bar,
     ):
-        run = _Run(vae, os.fspath(model), settings, bar)
+        run = _Run(vae, os.fspath(model), family, settings, bar)
         run.encode(mine)
     report = run.report
     report.encoded, report.skipped, report.failed = _summed([report.encoded, report.skipped, report.failed], group)
@@ -213,10 +219,10 @@ def _chunks(jobs: list[Job]) -> Iterator[list[Job]]:
 
 def _check_agreement(jobs: Sequence[Job], group: mx.distributed.Group) -> None:
     """Raises ValueError unless all processes have found the same pictures: they divide them by counting."""
-    names = "\n".join(str(job.picture.name) for job in jobs)
-    digest = hashlib.sha256(names.encode(errors="surrogateescape")).digest()[:3]
-    mark = int.from_bytes(digest, "big")  # of 24 bits, so that sums of a few hundred are exact
-    if _summed([mark], group)[0] != mark * group.size():
+    names = "\n".join(map(_readable, (job.picture.name for job in jobs)))
+    mark = int.from_bytes(hashlib.sha256(names.encode()).digest()[:4], "big")
+    marks: list[int] = mx.distributed.all_gather(mx.array([mark], dtype=mx.uint32), group=group).tolist()  # type: ignore
+    if len(set(marks)) > 1:
         raise ValueError("the processes see different pictures: is the folder the same on all machines?")
 
 
@@ -231,9 +237,11 @@ def _summed(counts: Sequence[int], group: mx.distributed.Group) -> list[int]:
 class _Run:
     """Reads ahead, encodes and writes behind; `report` counts what became of the pictures."""
 
-    def __init__(self, vae: AutoencoderKL, model: str, settings: Settings, bar: tqdm) -> None:
+    def __init__(self, vae: AutoencoderKL, model: str, family: str | None, settings: Settings, bar: tqdm) -> None:
         self.vae = vae
-        self.model = str(Path(model).resolve()) if Path(model).exists() else model
+        self.model = str(Path(model).resolve()) if model != "tiny" and Path(model).exists() else model
+        self.family = family or family_of(vae.config)
+        self.multiple = vae.config.factor * math.lcm(*(vae.config.patch_size or (1,)))
         self.settings = settings
         self.fixed = {"model_sha256": _model_digest(vae), **settings.record()}
         self.bar = bar
@@ -258,7 +266,7 @@ class _Run:
 
     def _read(self, job: Job) -> Entry:
         """Runs in a thread. Raises ValueError and OSError for pictures that can't be read."""
-        record = {"source": job.picture.name.as_posix(), "source_sha256": _file_digest(job.picture.path), **self.fixed}
+        record = {"source": _readable(job.picture.name), "source_sha256": _file_digest(job.picture.path), **self.fixed}
         found = read_metadata(job.target) or {}
         wanted = {**record, "scaled": "true" if self.settings.scaled else "false"}
         if all(found.get(key) == value for key, value in wanted.items()):
@@ -272,12 +280,11 @@ class _Run:
         return load_image(job.picture.path, settings.background, settings.resize, settings.max_side)
 
     def _padded(self, picture: Picture) -> np.ndarray:
-        return pad_to_multiple(picture.values, self.vae.config.factor)
+        return pad_to_multiple(picture.values, self.multiple)
 
     def _batches(self, entries: Iterable[tuple[Job, Future[Entry]]]) -> Iterator[list[Entry]]:
         """Entries of one padded size, as many as a batch may hold; those that can't be read go into the report."""
-        factor = self.vae.config.factor
-        waiting: dict[tuple[int, int], list[Entry]] = defaultdict(list)
+        waiting: dict[tuple[int, ...], list[Entry]] = defaultdict(list)
         for job, future in entries:
             try:
                 entry = future.result()
@@ -287,14 +294,13 @@ class _Run:
                 continue
             for notice in entry.notices:
                 tqdm.write(f"{job.picture.path}: {notice}", file=sys.stderr)
-            size = -(-entry.height // factor), -(-entry.width // factor)
+            size = tuple(-(-side // self.multiple) * self.multiple for side in (entry.height, entry.width))
             waiting[size].append(entry)
-            if len(waiting[size]) == self._capacity(*size):
+            if len(waiting[size]) == self._capacity(math.prod(size)):
                 yield waiting.pop(size)
         yield from waiting.values()
 
-    def _capacity(self, h: int, w: int) -> int:
-        pixels = h * w * self.vae.config.factor**2
+    def _capacity(self, pixels: int) -> int:
         return max(1, min(self.settings.batch_size, BATCH_PIXELS // pixels))
 
     def _encode(self, batch: Sequence[Entry]) -> Iterator[tuple[Job, Latents]]:
@@ -304,8 +310,9 @@ class _Run:
         if all(entry.values is None for entry in batch):
             return
         images = [self._padded(self._load(entry.job)) if entry.values is None else entry.values for entry in batch]
+        x = np.stack(images)
         start = time.perf_counter()
-        moments = self.vae.encode(mx.array(np.stack(images))).latent_dist.moments
+        moments = self.vae.encode(mx.array(x)).latent_dist.moments
         mx.eval(moments)
         self.report.model_seconds += time.perf_counter() - start
         for i, entry in enumerate(batch):
@@ -320,6 +327,7 @@ class _Run:
                 Latents(
                     z,
                     model=self.model,
+                    family=self.family,
                     scaled=self.settings.scaled,
                     height=entry.height,
                     width=entry.width,
@@ -331,7 +339,7 @@ class _Run:
         if self.settings.seed is None:
             z = posterior.mode()
         else:
-            digest = hashlib.sha256(f"{self.settings.seed} {name}".encode(errors="surrogateescape")).digest()
+            digest = hashlib.sha256(f"{self.settings.seed} {name}".encode()).digest()
             z = posterior.sample(mx.random.key(int.from_bytes(digest[:8], "big")))
         if self.settings.scaled:
             z = self.vae.scale(z.astype(mx.float32)).astype(z.dtype)
@@ -366,6 +374,11 @@ def _ahead(
 def _write(target: Path, latents: Latents) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     save_latents(target, latents)
+
+
+def _readable(name: PurePath) -> str:
+    """A file's name as text, where the system allows it to be any bytes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _file_digest(path: Path) -> str:
@@ -403,7 +416,10 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", required=True, help="a .safetensors file for one picture, or a folder, which keeps the names"
     )
-    parser.add_argument("--model", required=True, help='"tiny", or a model folder')
+    parser.add_argument("--model", required=True, help='"tiny", a model folder or file, or a model on the hub')
+    parser.add_argument(
+        "--family", choices=(*FAMILIES, ANY), help="which model's autoencoder it is, if it fits several"
+    )
     parser.add_argument("--sample", action="store_true", help="sample the posterior; the default is its mode")
     parser.add_argument("--seed", type=int, help="of --sample (0); a picture's noise depends on it and on its name")
     scaling = parser.add_mutually_exclusive_group()
@@ -438,7 +454,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         max_side=arguments.max_side,
         tile=arguments.tile,
     )
-    report = encode_files(arguments.pictures, arguments.output, arguments.model, settings)
+    report = encode_files(arguments.pictures, arguments.output, arguments.model, settings, arguments.family)
     for failure in report.failures:
         cli.notice(f"error: {failure}")
     if mx.distributed.init().rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from models import SMALL, random_model
 from pictures import random_picture
 from PIL import Image
 
-from mlx_vae import AutoencoderKL, decode, encode
+from mlx_vae import AutoencoderKL, AutoencoderKLConfig, decode, encode
 from mlx_vae.encode import Settings, encode_files, main
 from mlx_vae.images import load_image, pad_to_multiple
 from mlx_vae.latents import load_latents, read_metadata
@@ -181,7 +182,8 @@ def test_latents_that_overflow_are_a_failure(
     tmp_path: Path, model: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vae = AutoencoderKL.from_pretrained(model)
-    vae.encoder.conv_out.bias = vae.encoder.conv_out.bias + 1e6
+    vae.encoder.conv_out.bias = vae.encoder.conv_out.bias + 6e4  # what float16 still holds, but not their sum
+    vae.quant_conv.weight = mx.ones_like(vae.quant_conv.weight)
     vae.save_pretrained(tmp_path / "hot")
     arguments = [picture, "-o", tmp_path / "z.safetensors", "--model", tmp_path / "hot", "--dtype", "float16"]
     assert run(*arguments) == 1
@@ -241,3 +243,45 @@ def test_as_a_module(tmp_path: Path, model: Path, picture: Path) -> None:
     done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--unscaled" in done.stdout
+
+
+def test_patchified_latents(tmp_path: Path) -> None:
+    """FLUX.2's, whose scaled latents are patches: pictures are padded to whole ones."""
+    config = AutoencoderKLConfig(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3, scaling_factor=1.0, patch_size=(2, 2)
+    )
+    random_model(config).save_pretrained(tmp_path / "flux2")
+    random_picture(9, 14).save(tmp_path / "a.png")
+    for name, flags, shape in (("scaled", [], (1, 3, 4, 12)), ("unscaled", ["--unscaled"], (1, 6, 8, 3))):
+        z, back = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.png"
+        assert run(tmp_path / "a.png", "-o", z, "--model", tmp_path / "flux2", *flags) == 0
+        assert load_latents(z).values.shape == shape
+        assert decode.main([str(z), "-o", str(back)]) == 0
+    with Image.open(tmp_path / "scaled.png") as scaled, Image.open(tmp_path / "unscaled.png") as unscaled:
+        assert scaled.size == unscaled.size == (14, 9)
+        assert np.abs(np.array(scaled).astype(int) - np.array(unscaled)).max() <= 1
+
+
+def test_the_family_is_recorded_for_decode(tmp_path: Path, picture: Path) -> None:
+    """A single file that fits several families: what --family has said once, decode finds in the latent file."""
+    config = AutoencoderKLConfig(block_out_channels=(8, 16), norm_num_groups=4)
+    random_model(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    file = tmp_path / "model" / "model.safetensors"
+    z = tmp_path / "z.safetensors"
+    assert run(picture, "-o", z, "--model", file) == 2
+    assert run(picture, "-o", z, "--model", file, "--family", "ldm") == 0
+    assert load_latents(z).family == "ldm"
+    assert decode.main([str(z), "-o", str(tmp_path / "back.png")]) == 0
+
+
+def test_names_may_be_any_bytes(tmp_path: Path, model: Path) -> None:
+    try:
+        path = tmp_path / os.fsdecode(b"caf\xe9.png")
+        random_picture(5, 5).save(path)
+    except OSError:
+        pytest.skip("this file system wants names to be text")
+    report = encode_files([tmp_path], tmp_path / "out", model, Settings(seed=0))
+    assert (report.encoded, report.failures) == (1, [])
+    (latents,) = map(load_latents, (tmp_path / "out").iterdir())
+    assert latents.record["source"] == r"caf\xe9.png"
