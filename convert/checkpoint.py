@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vae.config import FAMILIES, AutoencoderKLConfig
+from mlx_vae.config import AutoencoderKLConfig
 from mlx_vae.convert import families, hub
 from mlx_vae.convert.layouts import DIFFUSERS, FLUX2, LDM
 from mlx_vae.convert.pickles import read_pickle
@@ -76,7 +76,8 @@ def open_pretrained(
             raise CheckpointError(f"{path}: a subfolder or a variant is for folders, and this is a file")
         return open_single_file(path, family)
     if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        places = [path / place for place in _places(subfolder) if (path / place).is_dir()]
+        names = [file.relative_to(path).as_posix() for place in places for file in place.iterdir() if file.is_file()]
         return _open_files(path, *_find(str(path), names, subfolder, variant), family)
     if not HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such folder or file, nor the name of a model on the hub")
@@ -116,10 +117,14 @@ def save_pretrained(
         path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
+def _places(subfolder: str | None) -> list[str]:
+    """Where in a folder an autoencoder may be, the first first."""
+    return [subfolder] if subfolder else ["", "vae"]
+
+
 def _find(where: str, names: Collection[str], subfolder: str | None, variant: str | None) -> tuple[str, str]:
     """The configuration and the weights (or their index) among the files of a folder."""
-    places = [subfolder] if subfolder else ["", "vae"]
-    for place in map(PurePosixPath, places):
+    for place in map(PurePosixPath, _places(subfolder)):
         if str(place / CONFIG_NAME) not in names:
             continue
         for name in WEIGHTS_NAMES:
@@ -133,15 +138,14 @@ def _find(where: str, names: Collection[str], subfolder: str | None, variant: st
         hint = f"; there are the variants {', '.join(variants)}" if variants else ""
         raise CheckpointError(f"{where}: no weights{f' of the variant {variant}' if variant else ''} in {place}/{hint}")
     files = sorted(name for name in names if name.endswith((".safetensors", ".sft", ".ckpt", ".pt", ".bin")))
-    hint = f"; to load a single file, name it: {', '.join(files[:3])}" if files else ""
+    hint = f"; from_single_file, or the path of the file itself, is for {', '.join(files[:3])}" if files else ""
     raise CheckpointError(f"{where}: no {CONFIG_NAME} in {subfolder or 'it or in its vae'}/{hint}")
 
 
 def _open_from_hub(
     repo_id: str, subfolder: str | None, revision: str | None, variant: str | None, family: str | None
 ) -> Checkpoint:
-    places = [subfolder] if subfolder else ["", "vae"]
-    known = tuple(str(PurePosixPath(place) / CONFIG_NAME) for place in places)
+    known = tuple(str(PurePosixPath(place) / CONFIG_NAME) for place in _places(subfolder))
     names = hub.list_files(repo_id, revision, known)
     config, weights = _find(repo_id, names, subfolder, variant)
     folder = hub.download(repo_id, revision, [config, weights])
@@ -216,77 +220,12 @@ def _open(
     config_path: Path | None,
     family: str | None,
 ) -> Checkpoint:
-    if family is not None and family not in FAMILIES and family != families.ANY:
-        raise CheckpointError(f"{family}: not a family; there are {', '.join(FAMILIES)}, {families.ANY}")
+    families.check(family)
     tensors, metadata = contents
     found = parameters(path, tensors, is_mlx=metadata.get("format") == "mlx")
     if config_path is not None:
-        config, why = _configured(config_path, found, family)
+        config = families.configured(config_path, _read_json(config_path), len(found.tensors), family)
+        why = f"{config_path} says so"
     else:
-        config, why = _detected(path, tensors, found, family)
+        config, why = families.detected(path, tensors, found.shapes, family)
     return Checkpoint(config, families.family_of(config), why, found)
-
-
-def _configured(path: Path, found: Parameters, family: str | None) -> tuple[AutoencoderKLConfig, str]:
-    """From a config.json; a family that is asked for may add to it, but not contradict it."""
-    fields = _read_json(path)
-    known = FAMILIES[family].to_dict() if family in FAMILIES else {}
-    for field in families.DEFINING:
-        if field in fields and field in known and fields[field] != known[field]:
-            raise CheckpointError(
-                f"{path}: {field} is {fields[field]!r}, of the family {family} it is {known[field]!r}"
-            )
-    try:
-        config = AutoencoderKLConfig.from_dict({**known, **fields})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    least = len(config.block_out_channels) * config.layers_per_block
-    if least > len(found.tensors):
-        raise CheckpointError(f"{path}: it takes more than {least} tensors; {found.path} has {len(found.tensors)}")
-    return config, f"{path} says so"
-
-
-def _detected(
-    path: Path, tensors: Mapping[str, TensorView], found: Parameters, family: str | None
-) -> tuple[AutoencoderKLConfig, str]:
-    """From the tensors, what else is in the file, and the family that is asked for."""
-    try:
-        shown = families.architecture(found.shapes)
-    except (KeyError, IndexError) as error:
-        if family in FAMILIES:
-            return FAMILIES[family], f"the family {family} was asked for"
-        raise CheckpointError(f"{path}: not a whole autoencoder ({error} is missing or misshapen)") from None
-    if family in FAMILIES:
-        if lines := families.misfits(FAMILIES[family], shown):
-            raise CheckpointError(f"{path}: not of the family {family}\n  " + "\n  ".join(lines))
-        return FAMILIES[family], f"the family {family} was asked for"
-    if family == families.ANY:
-        return _any_architecture(path, tensors, shown), f"the family {families.ANY} was asked for"
-    fitting = families.candidates(shown)
-    if mark := families.marked({name: tensor.shape for name, tensor in tensors.items()}):
-        marked, name = mark
-        for name_of_family in marked:
-            if name_of_family in fitting:
-                return FAMILIES[name_of_family], f"{name} is in the same file"
-        lines = families.misfits(FAMILIES[marked[0]], shown)
-        raise CheckpointError(f"{path}: {name} shows {marked[0]}, but the autoencoder differs\n  " + "\n  ".join(lines))
-    if len(fitting) == 1:
-        return FAMILIES[fitting[0]], "no other family has this architecture"
-    if fitting:
-        raise CheckpointError(
-            f"{path}: it may be any of {', '.join(fitting)}: they have the same tensors, and other latent spaces. "
-            f'Say which with --family {fitting[0]} (in Python family="{fitting[0]}"), or put its config.json beside it'
-        )
-    raise CheckpointError(
-        f"{path}: no known family has this architecture ({shown}). "
-        f"Put its config.json beside it, or take it as it is with --family {families.ANY}"
-    )
-
-
-def _any_architecture(path: Path, tensors: Mapping[str, TensorView], shown: Mapping[str, Any]) -> AutoencoderKLConfig:
-    scale = tensors.get("scale_factor")  # LDM keeps it in the checkpoint where it was measured
-    measured = scale is not None and scale.shape == () and scale.dtype == "float32"
-    try:
-        return AutoencoderKLConfig(**shown, scaling_factor=scale.read().item() if scale and measured else 1.0)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}. Put its config.json beside it") from None

@@ -53,7 +53,7 @@ class Inspection:
                 f"dtypes          {', '.join(f'{dtype} ({count} tensors)' for dtype, count in self.dtypes.items())}",
                 f"left out        {_summary(self.left_out)}",
                 f"foreign         {_summary(self.foreign)}",
-                "not to be seen  norm_num_groups: no tensor shows it; 32 unless a config.json says otherwise",
+                f"groups          {self.config.norm_num_groups}: no tensor shows them; 32 but for another config.json",
                 f"configuration   {fields}",
             )
         )

@@ -47,6 +47,8 @@ class Parameters:
         """
         self.check(shapes)
         target = getattr(mx, self.dtype) if dtype is None else dtype
+        if not mx.issubdtype(target, mx.floating):
+            raise CheckpointError(f"{self.path}: dtype {target}, wanted a floating-point one")
         weights, bad = {}, []
         for name, tensor in self.tensors.items():
             weights[name], problem = _to_mlx(tensor, target)

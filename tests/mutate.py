@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import struct
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from checkpoints import LAYOUTS, checkpoint_of
+from memory import peak_bytes
 from writers import write_config, write_legacy, write_safetensors, write_zip
 
 from mlx_vae import AutoencoderKL
@@ -128,16 +128,16 @@ def main(folder: Path, seed: int, count: int) -> None:
         mutation = draw.choice(MUTATIONS)
         mutation(data, draw)
         victim.write_bytes(data)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             outcomes[outcome(path)] += 1
         except Exception:
             crashes.append(f"{number} {mutation.__name__} {victim}\n{traceback.format_exc()}")
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         victim.write_bytes(contents[victim])
     left = sorted(str(path) for path in folder.rglob("*") if path.is_file() and path not in contents)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({**outcomes, "crashes": crashes, "slowest": slowest, "peak": peak, "written": left}))
+    report = {"crashes": crashes, "slowest": slowest, "peak": peak_bytes(), "written": left}
+    print(json.dumps({**outcomes, **report}))
 
 
 if __name__ == "__main__":

@@ -246,12 +246,12 @@ def test_the_command_line(hub: Hub, pipeline: Path, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(root)}
     run = [sys.executable, "-m", "mlx_vae.convert", "--mlx-path", "out", "--hf-path"]
-    done = subprocess.run([*run, PUBLIC], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*run, PUBLIC], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_loaded(AutoencoderKL.from_pretrained(tmp_path / "out"), weights_of(PLAIN))
     assert f"base_model: {PUBLIC}\n" in (tmp_path / "out" / "README.md").read_text()
     run[run.index("out")] = "other"
-    done = subprocess.run([*run, GATED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*run, GATED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert "access is granted on request" in done.stderr
     assert "Traceback" not in done.stderr
