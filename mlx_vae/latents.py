@@ -150,8 +150,9 @@ def _read_npz(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        mx.eval(loaded[0])
+        with path.open("rb") as file:
+            loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
+            mx.eval(loaded[0])
     except (RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable .safetensors file ({error})") from None
     return loaded[0], loaded[1]

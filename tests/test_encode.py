@@ -250,7 +250,7 @@ def test_patchified_latents(tmp_path: Path) -> None:
     config = AutoencoderKLConfig(
         block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3, scaling_factor=1.0, patch_size=(2, 2)
     )
-    random_model(config).save_pretrained(tmp_path / "flux2")
+    AutoencoderKL(config).save_pretrained(tmp_path / "flux2")
     random_picture(9, 14).save(tmp_path / "a.png")
     for name, flags, shape in (("scaled", [], (1, 3, 4, 12)), ("unscaled", ["--unscaled"], (1, 6, 8, 3))):
         z, back = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.png"
@@ -264,7 +264,7 @@ def test_patchified_latents(tmp_path: Path) -> None:
 
 def test_the_family_is_recorded_for_decode(tmp_path: Path, picture: Path) -> None:
     """A single file that fits several families: what --family has said once, decode finds in the latent file."""
-    config = AutoencoderKLConfig(block_out_channels=(8, 16), norm_num_groups=4)
+    config = AutoencoderKLConfig(block_out_channels=(32, 32))
     random_model(config).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
     file = tmp_path / "model" / "model.safetensors"
