@@ -19,8 +19,8 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """The exit status of a command: 0, or 2 after one line about the user's mistake, or 130 after Ctrl-C.
+def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
+    """The exit status of a command: its own or 0, or 2 after one line about the user's mistake, or 130 after Ctrl-C.
 
     The library raises ValueError for what the user can mend, and the system OSError; anything else is ours to mend, and
     keeps its traceback.
@@ -28,11 +28,10 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
     if BLAS_HINT and mx.default_device() == mx.Device(mx.cpu):
         notice(BLAS_HINT)
     try:
-        command(arguments)
+        return command(arguments) or 0
     except (ValueError, OSError) as error:
         notice(f"error: {error}")
         return BAD_INPUT
     except KeyboardInterrupt:
         notice("interrupted")
         return INTERRUPTED
-    return 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+TEMPORARY_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}(\.[^.]+)")
 
 
 @contextmanager
@@ -34,3 +38,31 @@ def making_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing_into(folder: Path, targets: Collection[Path]) -> Iterator[None]:
+    """Removes what killed runs have left half-written of `targets`, files in or below `folder`.
+
+    Never what another run is writing: each holds a lock on the folder, which ends when its process does, however that
+    ends, and only who holds it alone removes anything. Where the file system has no locks nothing is removed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_temporaries(targets)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_temporaries(targets: Collection[Path]) -> None:
+    wanted = set(targets)
+    for parent in {target.parent for target in wanted if target.parent.is_dir()}:
+        for file in list(parent.iterdir()):
+            match = TEMPORARY_NAME.fullmatch(file.name)
+            if match and parent / "".join(match.groups()) in wanted:
+                file.unlink(missing_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from mlx_vae.files import replacing
 
 FORMAT_VERSION = "1"
 TENSOR_NAME = "latents"
+ENDINGS = (".npy", ".npz", ".safetensors")
+FIELDS = ("model", "family", "scaled", "height", "width", "format_version")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Latents:
     """Latents of one or more pictures, and what is known about them; None where the file doesn't say.
 
     `values` is (N, h, w, C); from a file of others, where `own` is False, also (N, C, h, w), and either without the N:
-    `nhwc` tells which. `height` and `width` are those of the pictures in pixels, before padding.
+    `nhwc` tells which. `height` and `width` are those of the pictures in pixels, before padding. `record` is what else
+    the writer of the file has noted, such as the `source` that the latents come from.
     """
 
     values: mx.array
@@ -33,6 +38,7 @@ class Latents:
     height: int | None = None
     width: int | None = None
     own: bool = True
+    record: Mapping[str, str] = field(default_factory=dict)
 
     def nhwc(self, channels: int, layout: str | None = None) -> mx.array:
         """The values as (N, h, w, channels). `layout` ("nchw" or "nhwc") says which axis holds the channels.
@@ -57,6 +63,7 @@ class Latents:
 def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
     """Writes a latent file of our own: one tensor `latents` (N, h, w, C) and what is known about it as metadata."""
     metadata = {
+        **latents.record,
         "model": latents.model or "",
         "family": latents.family or "",
         "scaled": "true" if latents.scaled else "false",
@@ -64,8 +71,22 @@ def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
         "width": str(latents.width),
         "format_version": FORMAT_VERSION,
     }
-    with replacing(path) as temporary:
-        mx.save_safetensors(str(temporary), {TENSOR_NAME: latents.values}, metadata)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        mx.save_safetensors(file, {TENSOR_NAME: latents.values}, metadata)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str] | None:
+    """All the metadata of a latent file of our own, from its header alone; None unless the file is there, and whole."""
+    try:
+        with Path(path).open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(length)) if length < size else {}
+        metadata = header.pop("__metadata__", None) or {}
+        end = max(tensor["data_offsets"][1] for tensor in header.values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error):
+        return None
+    return metadata if size == 8 + length + end and "format_version" in metadata else None
 
 
 def load_latents(path: str | os.PathLike[str]) -> Latents:
@@ -75,9 +96,9 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
     finite numbers.
     """
     path = Path(path)
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
+    readers = dict(zip(ENDINGS, (_read_npy, _read_npz, _read_safetensors), strict=True))
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: {path.suffix or 'no'} ending; latents are read from {', '.join(readers)}")
+        raise ValueError(f"{path}: {path.suffix or 'no'} ending; latents are read from {', '.join(ENDINGS)}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     arrays, metadata = readers[path.suffix.lower()](path)
@@ -105,6 +126,7 @@ def _described(path: Path, values: mx.array, metadata: dict[str, str]) -> Latent
             scaled={"true": True, "false": False}[metadata["scaled"]],
             height=int(metadata["height"]),
             width=int(metadata["width"]),
+            record={key: value for key, value in metadata.items() if key not in FIELDS},
         )
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: incomplete metadata of a latent file ({error})") from None
@@ -128,8 +150,9 @@ def _read_npz(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        mx.eval(loaded[0])
+        with path.open("rb") as file:
+            loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
+            mx.eval(loaded[0])
     except (RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable .safetensors file ({error})") from None
     return loaded[0], loaded[1]
