@@ -33,9 +33,7 @@ def compressed(weight: np.ndarray, mode: str, name: str, modern: bool) -> np.nda
         from coremltools.converters.mil.mil import types
 
         dtype = types.type_mapping.string_to_nptype(f"uint{bits}")
-        return mb.constexpr_lut_to_dense(
-            indices=indices.astype(dtype), lut=table.reshape(1, 1, 1, 1, -1, 1), name=name
-        )
+        return mb.constexpr_lut_to_dense(indices=indices.astype(dtype), lut=table.reshape(1, 1, 1, 1, -1, 1), name=name)
     return mb.constexpr_lut_to_dense(
         indices=packed(indices, bits), lut=table, shape=np.array(weight.shape, dtype=np.uint32), name=name
     )

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mlx_vae.coreml.package import Function, Operation, Type
+from mlx_vae.coreml.package import Function, Operation, Type, unpacked
 
-COLUMNS_BYTES = 16 << 20
+COLUMNS_BYTES = 8 << 20
 """Of the unfolded input of a convolution at a time."""
 
 Array = np.ndarray
@@ -136,9 +136,7 @@ def _lut_to_dense(indices: Array, lut: Array, shape: Array | None = None, vector
     """iOS 16: packed indices into lut (n,), to a shape. iOS 18: indices of any rank, lut (*blocks, n, vector)."""
     if shape is not None:
         bits = max(1, int(lut.size - 1).bit_length())
-        size = int(np.prod(shape))
-        planes = np.unpackbits(indices, bitorder="little", count=size * bits).reshape(-1, bits)
-        return lut[planes @ (1 << np.arange(bits, dtype=np.uint8))].reshape(shape)
+        return lut[unpacked(indices, bits, int(np.prod(shape)))].reshape(shape)
     if vector_axis is not None and lut.shape[-1] != 1:
         raise TypeError("palettes of vectors are not supported")
     block = tuple(size // blocks for size, blocks in zip(indices.shape, lut.shape, strict=False))
@@ -150,7 +148,7 @@ def _lut_to_dense(indices: Array, lut: Array, shape: Array | None = None, vector
 def _sparse_to_dense(nonzero_data: Array, mask: Array, shape: Array | None = None) -> Array:
     """iOS 16: a packed mask, to a shape. iOS 18: a mask of the result's shape."""
     if shape is not None:
-        mask = np.unpackbits(mask, bitorder="little", count=int(np.prod(shape))).reshape(shape)
+        mask = unpacked(mask, 1, int(np.prod(shape))).reshape(shape)
     dense = np.zeros(mask.shape, dtype=nonzero_data.dtype)
     dense[mask.astype(bool)] = nonzero_data
     return dense
@@ -174,7 +172,8 @@ def _conv(
     top, bottom, left, rest = _padding(pad_type, pad, x.shape[2:], extent, (down, right))
     if top or bottom or left or rest:
         x = np.pad(x, [(0, 0), (0, 0), (top, bottom), (left, rest)])
-    windows = sliding_window_view(x, extent, axis=(2, 3))[:, :, ::down, ::right, :: int(dilations[0]), :: int(dilations[1])]
+    windows = sliding_window_view(x, extent, axis=(2, 3))[:, :, ::down, ::right]  # (N, C, H, W, *extent)
+    windows = windows[..., :: int(dilations[0]), :: int(dilations[1])]
     N, C, H, W, h, w = windows.shape
     O = weight.shape[0]
     out = np.empty((N, O, H, W), dtype=np.float32)

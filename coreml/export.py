@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vae import AutoencoderKL
 from mlx_vae.coreml.calibrate import norm_prescales
+from mlx_vae.coreml.check import Report, check
 from mlx_vae.coreml.compress import MODES, compressed
 from mlx_vae.coreml.faces import Face
 from mlx_vae.coreml.package import Package
@@ -59,6 +59,33 @@ class Options:
     def function(self, size: tuple[int, int]) -> str:
         """The name of the function for pictures of a size: "main" where there is only one."""
         return "main" if len(self.sizes) == 1 else "size_{}x{}".format(*size)
+
+
+def refuse(face: Face, path: Path, options: Options) -> None:
+    """Raises FileExistsError rather than replace anything, and ValueError for sizes that the model doesn't do."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    for size in options.sizes:
+        face.input_shape(*size)
+
+
+def export(face: Face, path: Path, options: Options, checked: bool = True, say: Say = lambda line: None) -> Report:
+    """Writes one part of a model to `path`, a new .mlpackage; only one that passes the check gets there.
+
+    Raises FileExistsError, and ValueError for what can't be exported.
+    """
+    refuse(face, path, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(path) as folder:
+        written = folder / path.name
+        write_package(face, written, options, say)
+        report = check(written, face.vae, say) if checked else Report([f"{path.name}: not checked"])
+        if report.passed:
+            written.rename(path)
+            report.lines.append(f"{path}: written")
+        else:
+            report.lines.append(f"{path}: not written")
+    return report
 
 
 def write_package(face: Face, path: Path, options: Options, say: Say = lambda line: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vae.coreml.tools import coremltools, quiet
+from mlx_vae.coreml.tools import coremltools
 
 BLOB = struct.Struct("<IIQQQ")  # sentinel, dtype, bytes, offset of the data, bits of padding
 SENTINEL = 0xDEADBEEF
@@ -52,10 +53,10 @@ class Type:
     def bytes(self) -> int:
         """Of a tensor of this type; unknown dimensions count as 1."""
         bits = PACKED_BITS.get(self.dtype) or 8 * np.dtype(DTYPES.get(self.dtype, "u1")).itemsize
-        return int(np.prod([size or 1 for size in self.shape], dtype=np.int64)) * bits // 8
+        return -(-math.prod(1 if size is None else size for size in self.shape) * bits // 8)
 
     def __str__(self) -> str:
-        return f"{self.dtype.lower()}{[size or '?' for size in self.shape]}"
+        return f"{self.dtype.lower()}{list(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Package:
         data = self._weights[name]
         if message.offset + BLOB.size > data.size:
             raise PackageError(f"{name}: no record at {message.offset}, the file has {data.size} bytes")
-        sentinel, _, size, start, _ = BLOB.unpack_from(data, message.offset)
+        sentinel, _, size, start, _ = BLOB.unpack(data[message.offset :][: BLOB.size].tobytes())
         if sentinel != SENTINEL or start + size > data.size:
             raise PackageError(f"{name}: no record at {message.offset}")
         return data[start : start + size]
@@ -223,17 +224,19 @@ def _type(message: Any) -> Type:
 
 def _array(data: np.ndarray, type_: Type) -> np.ndarray:
     """Bytes as an array of a type. Raises PackageError where they are too few or the dtype is unknown."""
-    size = int(np.prod(type_.shape, dtype=np.int64)) if not type_.is_dynamic else -1
     bits = PACKED_BITS.get(type_.dtype)
-    if type_.dtype not in DTYPES and bits is None:
-        raise PackageError(f"values of dtype {type_.dtype} are not supported")
+    if (type_.dtype not in DTYPES and bits is None) or type_.is_dynamic:
+        raise PackageError(f"values of type {type_} are not supported")
+    if data.size < type_.bytes:
+        raise PackageError(f"{data.size} bytes for {type_}")
+    shape = tuple(size or 0 for size in type_.shape)
     if bits is None:
-        values = data[: size * np.dtype(DTYPES[type_.dtype]).itemsize].view(DTYPES[type_.dtype])
-    else:
-        planes = np.unpackbits(data, bitorder="little", count=size * bits).reshape(-1, bits)
-        values = planes @ (1 << np.arange(bits, dtype=np.uint8))
-        if type_.dtype == "INT4":
-            values = (values.astype(np.int8) ^ 8) - 8
-    if values.size != size:
-        raise PackageError(f"{type_}: {values.size} values")
-    return values.reshape(type_.shape)
+        return data[: type_.bytes].view(DTYPES[type_.dtype]).reshape(shape)
+    values = unpacked(data, bits, int(np.prod(shape)))
+    return ((values.astype(np.int8) ^ 8) - 8 if type_.dtype == "INT4" else values).reshape(shape)
+
+
+def unpacked(data: np.ndarray, bits: int, size: int) -> np.ndarray:
+    """`size` numbers of so many bits from bytes that hold them without gaps, the lowest bit first: uint8 (size,)."""
+    planes = np.unpackbits(data, bitorder="little", count=size * bits).reshape(-1, bits)
+    return planes @ (1 << np.arange(bits, dtype=np.uint8))

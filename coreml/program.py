@@ -1,7 +1,7 @@
 """The Core ML program of an encoder or a decoder: MLX modules in, MIL operations out.
 
 Tensors are (1, C, H, W), as the Neural Engine wants them; convolution weights OIHW. There is one function for each
-module class and it says what that class's `__call__` says, so the modules stay the only description of the architecture.
+module class, which says what that class's `__call__` says: the modules stay the only description of the architecture.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Recipe:
         """In the program's dtype. Raises ValueError where float16 can't hold a value."""
         largest = float(np.max(np.abs(values)))
         if self.dtype is np.float16 and not largest <= FLOAT16_MAX:
-            raise ValueError(f"{name}: |value| up to {largest:g}, float16 holds {FLOAT16_MAX:g}; use --precision float32")
+            raise ValueError(f"{name}: holds {largest:g}, float16 only {FLOAT16_MAX:g}; use --precision float32")
         return np.asarray(values, dtype=self.dtype)
 
     def per_channel(self, values: np.ndarray, name: str) -> np.ndarray:
@@ -114,12 +114,12 @@ def _resnet(block: ResnetBlock, x: Var, name: str, recipe: Recipe) -> Var:
 
 @emit.register
 def _attention(block: AttentionBlock, x: Var, name: str, recipe: Recipe) -> Var:
-    """In bands of query rows, and of key rows: the softmaxes of the key bands are weighted by their shares of the whole.
+    """In bands of query rows and of key rows; the softmaxes of the key bands are weighted by their shares of the whole.
 
     Keys are (1, K, 1, C), queries (1, C, 1, Q), scores (1, K, 1, Q) with the softmax along the channel axis.
     """
     mb = builder()
-    _, C, H, W = x.shape
+    _, C, _, W = x.shape
     h = emit(block.group_norm, x, f"{name}.group_norm", recipe)
     q = _linear(block.to_q, h, f"{name}.to_q", recipe, scale=C**-0.5)  # before the product, which could overflow
     k = _linear(block.to_k, h, f"{name}.to_k", recipe)
@@ -217,9 +217,10 @@ def _norm_silu_conv(block: nn.Module, norm: str, conv: str, x: Var, name: str, r
 
 
 def _conv(conv: nn.Conv2d, x: Var, name: str, recipe: Recipe, pad: tuple[int, int, int, int]) -> Var:
+    weight = recipe.constant(_numpy(conv.weight).transpose(0, 3, 1, 2), f"{name}.weight")  # OHWI -> OIHW
     return builder().conv(
         x=x,
-        weight=recipe.weight(recipe.constant(_numpy(conv.weight).transpose(0, 3, 1, 2), f"{name}.weight"), name),  # OIHW
+        weight=recipe.weight(weight, name),
         bias=recipe.constant(_numpy(conv.bias), f"{name}.bias"),
         strides=list(conv.stride),
         pad_type="custom" if any(pad) else "valid",

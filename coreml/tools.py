@@ -18,11 +18,9 @@ class MissingCoremltools(RuntimeError):
 
 def coremltools() -> ModuleType:
     """The module. Raises MissingCoremltools."""
-    logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS its import reports the engine's libraries missing
     try:
         with quiet():
             import coremltools
-            import coremltools.optimize.coreml
     except ImportError as error:
         raise MissingCoremltools(_advice(error)) from None
     return coremltools
@@ -30,10 +28,16 @@ def coremltools() -> ModuleType:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without coremltools' progress bars and warnings, which speak of its own internals."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Without coremltools' progress bars, warnings and log: off macOS, its import alone reports eight failures."""
+    log = logging.getLogger("coremltools")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _advice(error: ImportError) -> str:
