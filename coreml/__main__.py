@@ -11,14 +11,14 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vae import AutoencoderKL
+from mlx_vae import AutoencoderKL, cli
 from mlx_vae.coreml.check import Report, check
 from mlx_vae.coreml.compress import MODES
-from mlx_vae.coreml.export import PRECISIONS, TARGETS, Options, Say, export, refuse
+from mlx_vae.coreml.export import PRECISIONS, TARGETS, Options, export, refuse
 from mlx_vae.coreml.faces import IOS, PACKAGES, PARTS, Face
-from mlx_vae.coreml.tools import MissingCoremltools, coremltools
+from mlx_vae.coreml.tools import coremltools
 
-FAILED, BAD_INPUT = 1, 2
+FAILED = 1
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -55,37 +55,33 @@ def configure_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = configure_parser().parse_args(argv)
-    try:
-        coremltools()
-        with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc} ({elapsed})", leave=False) as bar:
-            return _run(arguments, bar.set_description)
-    except (ValueError, OSError, MissingCoremltools) as error:
-        print(f"mlx_vae.coreml: {error}", file=sys.stderr)
-        return BAD_INPUT
+    """0, 1 for a package that failed its check, 2 for bad input."""
+    return cli.run(_run, configure_parser().parse_args(argv))
 
 
-def _run(arguments: argparse.Namespace, say: Say) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+    coremltools()
     vae = AutoencoderKL.from_pretrained(arguments.model, dtype=mx.float32)
-    if arguments.check:
-        return _told(check(arguments.check, vae, say))
-    parts = PARTS if arguments.part == "both" else (arguments.part,)
-    paths = [_path(arguments.output, part) for part in parts]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"-o {arguments.output}: one package can't hold both parts; name a folder")
-    options = Options(
-        tuple(arguments.size or [(512, 512)]),
-        arguments.io,
-        arguments.precision,
-        arguments.compress,
-        arguments.target,
-        {"source": arguments.model, "license": arguments.license},
-    )
-    jobs = [(Face(vae, part, options.io), path) for part, path in zip(parts, paths, strict=True)]
-    for face, path in jobs:
-        refuse(face, path, options)
-    statuses = [_told(export(face, path, options, not arguments.no_check, say)) for face, path in jobs]
-    return max(statuses)
+    with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc} ({elapsed})", leave=False) as bar:
+        say = bar.set_description
+        if arguments.check:
+            return _told(check(arguments.check, vae, say))
+        parts = PARTS if arguments.part == "both" else (arguments.part,)
+        paths = [_path(arguments.output, part) for part in parts]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"-o {arguments.output}: one package can't hold both parts; name a folder")
+        options = Options(
+            tuple(arguments.size or [(512, 512)]),
+            arguments.io,
+            arguments.precision,
+            arguments.compress,
+            arguments.target,
+            {"source": arguments.model, "license": arguments.license},
+        )
+        jobs = [(Face(vae, part, options.io), path) for part, path in zip(parts, paths, strict=True)]
+        for face, path in jobs:
+            refuse(face, path, options)
+        return max(_told(export(face, path, options, not arguments.no_check, say)) for face, path in jobs)
 
 
 def _path(output: Path, part: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 
-class MissingCoremltools(RuntimeError):
+class MissingCoremltools(ValueError):
     """coremltools is not installed: what to do about it, in one line."""
 
 

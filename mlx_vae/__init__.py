@@ -2,7 +2,7 @@
 
 from mlx_vae.blas import load_fast_blas
 
-LOADED_BLAS = load_fast_blas()  # before MLX computes anything: see blas.py
+BLAS_HINT = load_fast_blas()  # before mlx is imported: see blas.py
 
 from mlx_vae.autoencoder import AutoencoderKL, AutoencoderKLOutput, DecoderOutput  # noqa: E402
 from mlx_vae.config import AutoencoderKLConfig  # noqa: E402

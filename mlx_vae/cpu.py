@@ -1,7 +1,7 @@
 """Convolutions for MLX's CPU backend, as sums of shifted matrix products. Arrays are NHWC, weights OHWI.
 
-`mx.conv2d` copies its input once for every tap of the kernel before it multiplies. Here a picture is a matrix of pixels
-by channels, and to shift the picture by a tap is to begin further down that matrix: nothing is copied. All arithmetic is
+`mx.conv2d` copies its input once for every tap of the kernel before it multiplies. Here a picture is a matrix of
+pixels by channels, and to shift it by a tap is to begin further down that matrix: nothing is copied. All arithmetic is
 float32, the dtype in which the CPU's matrix products are fast.
 """
 

@@ -43,17 +43,22 @@ class DiagonalGaussianDistribution:
         """KL(self || other) in nats, (N,): summed over space and channels. `other` defaults to N(0, 1)."""
         mean, logvar = self._float32()
         if other is None:
-            return 0.5 * mx.sum(mean**2 + mx.exp(logvar) - 1 - logvar, axis=(1, 2, 3))
+            return 0.5 * _sum(mean**2 + mx.exp(logvar) - 1 - logvar)
         other_mean, other_logvar = other._float32()
         ratio = mx.exp(logvar - other_logvar)
         distance = (mean - other_mean) ** 2 * mx.exp(-other_logvar)
-        return 0.5 * mx.sum(distance + ratio - 1 - logvar + other_logvar, axis=(1, 2, 3))
+        return 0.5 * _sum(distance + ratio - 1 - logvar + other_logvar)
 
     def nll(self, x: mx.array) -> mx.array:
         """-log q(x) in nats, (N,), of latents x (N, h, w, C)."""
         mean, logvar = self._float32()
         terms = math.log(2 * math.pi) + logvar + (x.astype(mx.float32) - mean) ** 2 * mx.exp(-logvar)
-        return 0.5 * mx.sum(terms, axis=(1, 2, 3))
+        return 0.5 * _sum(terms)
 
     def _float32(self) -> tuple[mx.array, mx.array]:
         return self.mean.astype(mx.float32), self.logvar.astype(mx.float32)
+
+
+def _sum(x: mx.array) -> mx.array:
+    """(N, h, w, C) -> (N,), axis by axis: one running sum over all of them would lose digits in float32."""
+    return x.sum(axis=3).sum(axis=2).sum(axis=1)
