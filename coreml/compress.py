@@ -72,7 +72,7 @@ def palette(weight: np.ndarray, bits: int, rounds: int = 100) -> tuple[np.ndarra
 
 def _first_centres(values: np.ndarray, counts: np.ndarray, number: int) -> np.ndarray:
     """Spread as the cube root of the density, which is best for many centres (Panter & Dite, 1951)."""
-    density, edges = np.histogram(values, bins=16 * number, weights=counts)
+    density, edges = np.histogram(values, bins=64, weights=counts)
     mass = np.concatenate([[0], np.cumsum(np.cbrt(density))])
     return np.interp((np.arange(number) + 0.5) / number * mass[-1], mass, edges)
 
