@@ -79,7 +79,7 @@ def _tensor(name: str, type_: Type) -> Iterable[Finding]:
     if type_.dtype not in ("FLOAT16", "FLOAT32"):
         yield Finding("warning", name, f"{type_.dtype.lower()} is not float16")
     if len(shape) != 4:
-        yield Finding("error" if len(shape) > 5 else "warning", name, f"rank {len(shape)}, the engine wants 4: {type_}")
+        yield Finding("error" if len(shape) > 4 else "warning", name, f"rank {len(shape)}, the engine wants 4: {type_}")
     if max(shape, default=0) > LONGEST_AXIS:
         yield Finding("error", name, f"an axis over {LONGEST_AXIS}: {type_}")
     if shape and shape[-1] % ALIGNMENT and type_.bytes > LARGE:

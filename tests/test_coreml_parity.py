@@ -125,8 +125,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[np.ndarray]]
         lambda x: x.permute(0, 3, 2, 1),
         [normal(1, 4, 5, 7)],
     ),
-    "reshape": (lambda mb, x: mb.reshape(x=x, shape=[1, 4, 1, -1]), lambda x: x.flatten(2)[:, :, None], [normal(1, 4, 5, 7)]),
-    "split": (lambda mb, x: mb.split(x=x, split_sizes=[2, 1, 4], axis=3), lambda x: x.split([2, 1, 4], 3), [normal(1, 4, 5, 7)]),
+    "reshape": (
+        lambda mb, x: mb.reshape(x=x, shape=[1, 4, 1, -1]),
+        lambda x: x.flatten(2)[:, :, None],
+        [normal(1, 4, 5, 7)],
+    ),
+    "split": (
+        lambda mb, x: mb.split(x=x, split_sizes=[2, 1, 4], axis=3),
+        lambda x: x.split([2, 1, 4], 3),
+        [normal(1, 4, 5, 7)],
+    ),
     "split evenly": (lambda mb, x: mb.split(x=x, num_splits=2, axis=1), lambda x: x.chunk(2, 1), [normal(1, 4, 5, 7)]),
     "concat": (
         lambda mb, x, y: mb.concat(values=(x, y), axis=2),
@@ -139,7 +147,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[np.ndarray]]
         [normal(1, 4, 5, 7)],
     ),
     "cast": (lambda mb, x: mb.cast(x=x, dtype="fp16"), lambda x: x.half().float(), [1e-4 * normal(1, 4, 5, 7)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
