@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from mlx_vae.coreml.program import Var, builder
+import numpy as np
 
 MODES = ("none", "int8", "pal8", "pal6", "pal4")
 SMALLEST = 2048
 """Tensors with fewer values stay as they are: their palette would weigh as much."""
 
 
-def compressed(weight: np.ndarray, mode: str, name: str, modern: bool) -> np.ndarray | Var:
-    """A weight (O, I, h, w) as the operation that expands it, or as it is for "none" and for small ones.
+def expansion(weight: np.ndarray, mode: str, modern: bool) -> tuple[str, dict[str, Any]] | None:
+    """The operation that gives back a weight (O, I, h, w), and its parameters; None for "none" and for small weights.
 
     `modern` selects the operations of iOS 18, whose programs don't know those of iOS 16.
     """
     if mode == "none" or weight.size < SMALLEST:
-        return weight
-    mb = builder()
-    name = f"{name}.weight"
+        return None
     if mode == "int8":
         data, scale = integers(weight)
         if modern:
-            return mb.constexpr_blockwise_shift_scale(data=data, scale=scale.reshape(-1, 1, 1, 1), name=name)
-        return mb.constexpr_affine_dequantize(
-            quantized_data=data, scale=scale, zero_point=np.int8(0), axis=np.int32(0), name=name
-        )
+            return "constexpr_blockwise_shift_scale", {"data": data, "scale": scale.reshape(-1, 1, 1, 1)}
+        zero = {"zero_point": np.int8(0), "axis": np.int32(0)}
+        return "constexpr_affine_dequantize", {"quantized_data": data, "scale": scale, **zero}
     bits = int(mode.removeprefix("pal"))
     table, indices = palette(weight, bits)
     if modern:
         from coremltools.converters.mil.mil import types
 
-        dtype = types.type_mapping.string_to_nptype(f"uint{bits}")
-        return mb.constexpr_lut_to_dense(indices=indices.astype(dtype), lut=table.reshape(1, 1, 1, 1, -1, 1), name=name)
-    return mb.constexpr_lut_to_dense(
-        indices=packed(indices, bits), lut=table, shape=np.array(weight.shape, dtype=np.uint32), name=name
-    )
+        indices = indices.astype(types.type_mapping.string_to_nptype(f"uint{bits}"))
+        return "constexpr_lut_to_dense", {"indices": indices, "lut": table.reshape(1, 1, 1, 1, -1, 1)}
+    shape = np.array(weight.shape, dtype=np.uint32)
+    return "constexpr_lut_to_dense", {"indices": packed(indices, bits), "lut": table, "shape": shape}
 
 
 def integers(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_vae.coreml.calibrate import norm_prescales
 from mlx_vae.coreml.check import Report, check
-from mlx_vae.coreml.compress import MODES, compressed
+from mlx_vae.coreml.compress import MODES, expansion
 from mlx_vae.coreml.faces import Face
 from mlx_vae.coreml.package import Package
 from mlx_vae.coreml.program import Recipe, builder, emit
@@ -91,12 +91,10 @@ def export(face: Face, path: Path, options: Options, checked: bool = True, say: 
 def write_package(face: Face, path: Path, options: Options, say: Say = lambda line: None) -> None:
     """Writes one part of a model to a new folder. `say` hears what is going on."""
     ct = coremltools()
-    recipe_prescales: Mapping[str, np.ndarray] = {}
-    if options.precision == "float16":
-        say("calibrating the norms")
-        recipe_prescales = norm_prescales(face.vae)
+    say("calibrating the norms")
+    prescales = norm_prescales(face.vae) if options.precision == "float16" else {}
+    recipe = Recipe(options.dtype, _weights(options), prescales)
     modules = face.modules()
-    recipe = Recipe(options.dtype, _weights(options), recipe_prescales)
     with scratch(path) as folder:
         single = {}
         for size in options.sizes:
@@ -114,14 +112,27 @@ def write_package(face: Face, path: Path, options: Options, say: Say = lambda li
             with quiet():
                 ct.utils.save_multifunction(functions, str(path))
     package = Package.open(path)
-    package.spec.description.metadata.shortDescription = f"{face.vae.config.factor}x AutoencoderKL {face.part}"
-    package.spec.description.metadata.userDefined.update(_metadata(face, options))
+    about = package.spec.description.metadata
+    about.shortDescription = f"The {face.part} of an AutoencoderKL of factor {face.vae.config.factor}"
+    about.license = options.metadata.get("license", "")
+    about.userDefined.update(_metadata(face, options))
     package.write_spec()
 
 
 def _weights(options: Options) -> Callable[[np.ndarray, str], Any]:
-    """`compressed` for these options; each weight is compressed once, however many sizes use it."""
-    return lambda weight, name: compressed(weight, options.compress, name, modern=options.target == "iOS18")
+    """The Var of a weight, compressed as the options say; once, however many sizes use it."""
+    done: dict[str, tuple[str, dict[str, Any]] | None] = {}
+
+    def weight(values: np.ndarray, name: str) -> Any:
+        if name not in done:
+            done[name] = expansion(values, options.compress, modern=options.target == "iOS18")
+        chosen = done[name]
+        if chosen is None:
+            return values
+        operation, parameters = chosen
+        return getattr(builder(), operation)(**parameters, name=f"{name}.weight")
+
+    return weight
 
 
 def _convert(
@@ -179,6 +190,7 @@ def _metadata(face: Face, options: Options) -> dict[str, str]:
     scale = tuple(config.scaling_factor / std for std in config.latents_std or (1.0,))
     return {
         "mlx_vae.version": __version__,
+        "mlx_vae.coremltools": coremltools().__version__,
         "mlx_vae.part": face.part,
         "mlx_vae.io": face.io,
         "mlx_vae.input": face.input,
@@ -187,6 +199,10 @@ def _metadata(face: Face, options: Options) -> dict[str, str]:
         "mlx_vae.functions": ",".join(map(options.function, options.sizes)),
         "mlx_vae.factor": str(config.factor),
         "mlx_vae.latent_channels": str(config.latent_channels),
+        "mlx_vae.latent_shapes": ",".join(
+            f"1x{config.latent_channels}x{height // config.factor}x{width // config.factor}"
+            for width, height in options.sizes
+        ),
         "mlx_vae.scale": ",".join(map(repr, scale)),
         "mlx_vae.shift": ",".join(map(repr, map(float, shift))),
         "mlx_vae.precision": options.precision,

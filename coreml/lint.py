@@ -15,7 +15,7 @@ LONGEST_AXIS = 16384
 ALIGNMENT = 32
 """float16 numbers in 64 bytes."""
 LARGE = 1 << 20
-"""Elements from which on a badly aligned tensor is worth a warning."""
+"""Bytes from which on a badly aligned tensor is worth a warning."""
 
 KNOWN = {
     "add", "batch_norm", "cast", "clip", "concat", "conv", "conv_transpose", "einsum", "exp", "gelu", "identity",
@@ -54,14 +54,12 @@ def _lint(function: Function) -> Iterable[Finding]:
     else:
         for op in in_float32:
             yield Finding("error", op.name, f"{op.kind} computes in float32")
-    last = len(operations) - 1
-    for i, op in enumerate(operations):
+    for op in operations:
         if op.kind not in KNOWN:
             yield Finding("error", op.name, f"{op.kind} is not known to run on the Neural Engine")
-        if op.kind == "cast" and 0 < i < last and op.outputs.keys().isdisjoint(function.outputs):
-            inputs = set(op.names) & set(function.inputs)
-            if not inputs:
-                yield Finding("warning", op.name, "a cast between operations; casts belong at the borders")
+        at_a_border = function.inputs.keys() & op.names or op.outputs.keys() & function.outputs
+        if op.kind == "cast" and not at_a_border:
+            yield Finding("warning", op.name, "a cast between operations; casts belong at the borders")
         if op.kind == "softmax":
             yield from _softmax(op, function)
         for type_ in op.outputs.values():
