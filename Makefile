@@ -18,7 +18,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 parity: .venv/installed-parity
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -m "parity or coreml"
 
 clean:
 	rm -rf .venv build *.egg-info demo.png
@@ -31,5 +31,5 @@ clean:
 	touch $@
 
 .venv/installed-parity: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,coreml,parity]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
 	touch $@
