@@ -66,7 +66,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        widths, groups = config.decoder_widths[::-1], config.norm_num_groups
         self.conv_in = layers.conv3x3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = [
@@ -108,6 +108,9 @@ class AutoencoderKL(nn.Module):
             self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, kernel_size=1)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, kernel_size=1)
+        if config.patch_size:
+            eps, momentum = config.batch_norm_eps, config.batch_norm_momentum
+            self.bn = nn.BatchNorm(config.diffusion_channels, eps, momentum, affine=False)
         self.use_slicing = False
         self.tiling: Tiling | None = None
 
@@ -127,17 +130,35 @@ class AutoencoderKL(nn.Module):
         cls,
         source: str | os.PathLike[str],
         subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        family: str | None = None,
         dtype: mx.Dtype | None = None,
     ) -> AutoencoderKL:
-        """Loads "tiny", a model folder, or a pipeline folder with `vae/`; `dtype` defaults to the one on disk.
+        """Loads "tiny", a folder, a single file, or a model on the hub ("stabilityai/sd-vae-ft-mse").
 
+        A folder, here or on the hub, is a VAE's own or a whole pipeline's, with `vae/`; `variant` is as "fp16".
+        `dtype` defaults to the one on disk (float32 where there are several).
         Raises `convert.CheckpointError` (a ValueError) with all that is missing, unexpected or misshapen.
         """
-        checkpoint = convert.open_pretrained(source, subfolder)
+        return cls._load(convert.open_pretrained(source, subfolder, revision, variant, family), dtype)
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | os.PathLike[str], family: str | None = None, dtype: mx.Dtype | None = None
+    ) -> AutoencoderKL:
+        """Loads a `.safetensors`, `.sft`, `.ckpt`, `.pt` or `.bin`: an autoencoder's own, or a diffusion model's.
+
+        A config.json beside it counts. Raises `convert.CheckpointError` (a ValueError), too for a file that fits
+        several families: their latents differ in scale, and `family` ("sd", "sdxl" ...) is to say which it is.
+        """
+        return cls._load(convert.open_single_file(path, family), dtype)
+
+    @classmethod
+    def _load(cls, checkpoint: convert.Checkpoint, dtype: mx.Dtype | None) -> AutoencoderKL:
         vae = cls(checkpoint.config)
         shapes = {name: value.shape for name, value in vae.named_parameters().items()}
         vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
-        mx.eval(vae.parameters())
         return vae
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -180,14 +201,33 @@ class AutoencoderKL(nn.Module):
         return self.decode(z, return_dict=return_dict)
 
     def scale(self, z: mx.array) -> mx.array:
-        """Latents of the autoencoder -> latents of the diffusion model, (N, h, w, C): (z - shift) * scale."""
+        """Latents of the autoencoder -> latents of the diffusion model, (N, h, w, C): (z - shift) * scale.
+
+        With a `patch_size` (FLUX.2's (2, 2)) patches become channels first: (N, h, w, C) -> (N, h / 2, w / 2, 4C).
+        """
+        z = self._patchify(z)
         shift, scale = self._latent_space(z)
         return (z - shift) * scale
 
     def unscale(self, z: mx.array) -> mx.array:
-        """Latents of the diffusion model -> latents of the autoencoder, (N, h, w, C): z / scale + shift."""
+        """Latents of the diffusion model -> latents of the autoencoder, (N, h, w, C): z / scale + shift.
+
+        With a `patch_size` (FLUX.2's (2, 2)) channels become patches last: (N, h, w, 4C) -> (N, 2h, 2w, C).
+        """
         shift, scale = self._latent_space(z)
-        return z / scale + shift
+        return self._unpatchify(z / scale + shift)
+
+    def _patchify(self, z: mx.array) -> mx.array:
+        p, q = self.config.patch_size or (1, 1)
+        N, h, w, C = z.shape
+        if h % p or w % q:
+            raise ValueError(f"z: shape {z.shape}, wanted a height and a width that are multiples of {(p, q)}")
+        return z.reshape(N, h // p, p, w // q, q, C).transpose(0, 1, 3, 5, 2, 4).reshape(N, h // p, w // q, C * p * q)
+
+    def _unpatchify(self, z: mx.array) -> mx.array:
+        p, q = self.config.patch_size or (1, 1)
+        N, h, w, C = z.shape
+        return z.reshape(N, h, w, C // (p * q), p, q).transpose(0, 1, 4, 2, 5, 3).reshape(N, h * p, w * q, C // (p * q))
 
     def _encode(self, x: mx.array) -> mx.array:
         moments = self.encoder(x)
@@ -199,6 +239,9 @@ class AutoencoderKL(nn.Module):
     def _latent_space(self, z: mx.array) -> tuple[mx.array, mx.array]:
         """shift and scale, each (1,) or (C,), in the dtype of z."""
         config = self.config
+        if "bn" in self:
+            variance = self.bn.running_var.astype(mx.float32)
+            return self.bn.running_mean.astype(z.dtype), mx.rsqrt(variance + self.bn.eps).astype(z.dtype)
         if config.latents_mean is None or config.latents_std is None:
             shift, scale = [config.shift_factor or 0.0], [config.scaling_factor]
         else:

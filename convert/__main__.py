@@ -1,0 +1,3 @@
+from mlx_vae.convert.command import main
+
+raise SystemExit(main())
