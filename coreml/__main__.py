@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vae import AutoencoderKL, cli
+from mlx_vae import AutoencoderKL, cli, precision
 from mlx_vae.coreml.check import Report, check
 from mlx_vae.coreml.compress import MODES
 from mlx_vae.coreml.export import PRECISIONS, TARGETS, Options, export, refuse
@@ -39,6 +39,7 @@ def configure_parser() -> argparse.ArgumentParser:
         help="of the picture; several make one package with shared weights (iOS 18, macOS 15). Default: 512x512",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="float16")
+    parser.add_argument("--no-rescale", action="store_true", help="float16 as it is, even if activations overflow")
     parser.add_argument("--compress", choices=MODES, default="none", help="how weights are stored")
     parser.add_argument("--target", choices=tuple(TARGETS), default="", help="the oldest system to run on")
     parser.add_argument(
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     coremltools()
     vae = AutoencoderKL.from_pretrained(arguments.model, dtype=mx.float32)
+    if arguments.precision == "float16" and not arguments.no_rescale and (line := precision.fit(vae)):
+        cli.notice(line)
     with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc} ({elapsed})", leave=False) as bar:
         say = bar.set_description
         if arguments.check:

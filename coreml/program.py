@@ -197,7 +197,8 @@ def _group_norm(norm: nn.GroupNorm, x: Var, name: str, recipe: Recipe) -> Var:
         x = mb.mul(x=x, y=recipe.per_channel(scale, name), name=f"{name}.prescaled")
     x = mb.sub(x=x, y=mean(x, "mean"), name=f"{name}.centred")
     variance = mean(mb.square(x=x, name=f"{name}.squared"), "variance")
-    variance = mb.add(x=variance, y=recipe.per_channel(norm.eps * scale**2, name), name=f"{name}.variance.eps")
+    eps = np.maximum(norm.eps * scale**2, np.finfo(recipe.dtype).smallest_subnormal)  # never 0: no variance, no result
+    variance = mb.add(x=variance, y=recipe.per_channel(eps, name), name=f"{name}.variance.eps")
     factor = mb.rsqrt(x=variance, epsilon=recipe.dtype(0), name=f"{name}.rsqrt")
     factor = mb.mul(x=factor, y=recipe.per_channel(_numpy(norm.weight), f"{name}.weight"), name=f"{name}.factor")
     x = mb.mul(x=x, y=factor, name=f"{name}.scaled")

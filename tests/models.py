@@ -86,6 +86,22 @@ def random_model(config: AutoencoderKLConfig, seed: int = 0) -> AutoencoderKL:
     return vae
 
 
+def inflated(config: AutoencoderKLConfig, stream: float, branch: float = 1.0, seed: int = 0) -> AutoencoderKL:
+    """A random model with the streams multiplied in its weights, by their names: the same function, but for the eps."""
+    vae = random_model(config, seed)
+    weights = vae.named_parameters()
+    for name, value in weights.items():
+        layer = name.rpartition(".")[0]
+        if name.startswith(("encoder.", "decoder.")):
+            linear = layer.endswith(("conv_shortcut", "samplers.0.conv")) and name.endswith("bias")
+            if linear or layer.endswith(("conv_in", "conv2", "to_out.0")):
+                weights[name] = value * stream
+            elif layer.endswith("conv1"):
+                weights[name] = value * branch
+    vae.load_weights(list(weights.items()))
+    return vae
+
+
 def random_latents(shape: tuple[int, ...], seed: int = 0) -> mx.array:
     return mx.array(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from models import SMALL, random_model
+from models import SMALL, inflated, random_model
 
 import mlx_vae.coreml.check
 import mlx_vae.coreml.program
+import mlx_vae.precision
 from mlx_vae import AutoencoderKL, AutoencoderKLConfig
 from mlx_vae.coreml.compress import MODES, integers, packed, palette
 from mlx_vae.coreml.package import Package, PackageError, unpacked
@@ -114,6 +116,29 @@ def test_norms_survive_float16(scale: float, low: float, high: float, tmp_path: 
     largest = max(result.peaks[name] for name in result.peaks if name.endswith(("_conv1", "_conv2", "_conv_in")))
     assert low < largest < high
     assert error(result.outputs[face.output], face.reference(x)) < 5e-3
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_streams_that_overflow_are_rescaled(part: str, tmp_path: Path) -> None:
+    vae = inflated(SMALL, 2.0**16)
+    face, _ = written(tmp_path / "float32.mlpackage", vae, part, precision="float32")
+    x = face.example(face.input_shape(28, 20))
+    expected = face.reference(x)
+    assert mlx_vae.precision.fit(vae)
+    face, package = written(tmp_path / "float16.mlpackage", vae, part)
+    assert error(answer(package, face, x, round_float16=True), expected) < 5e-3
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_variance_is_no_division_by_zero(part: str, tmp_path: Path) -> None:
+    vae = random_model(SMALL)
+    mlx_vae.precision.rescale(vae, (2.0**-12,) * 4)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = mx.zeros_like(module.weight)
+    face, package = written(tmp_path / "a.mlpackage", vae, part)
+    x = np.zeros(face.input_shape(28, 20), np.float32)
+    assert np.isfinite(answer(package, face, x, round_float16=True)).all()
 
 
 @pytest.mark.parametrize("shape", [(20, 28), (64, 4)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from models import SMALL, random_images, random_latents, random_model, relative_error
+from models import SMALL, inflated, random_images, random_latents, random_model, relative_error
 
 from mlx_vae import AutoencoderKL, AutoencoderKLConfig, precision
 from mlx_vae.convert import convert
@@ -24,22 +24,6 @@ DEEP = AutoencoderKLConfig(
     norm_num_groups=4,
     sample_size=16,
 )
-
-
-def inflated(config: AutoencoderKLConfig, stream: float, branch: float = 1.0, seed: int = 0) -> AutoencoderKL:
-    """A model with the stream multiplied in its weights, by their names: the same function, but for the eps."""
-    vae = random_model(config, seed)
-    weights = vae.named_parameters()
-    for name, value in weights.items():
-        layer = name.rpartition(".")[0]
-        if name.startswith(("encoder.", "decoder.")):
-            linear = layer.endswith(("conv_shortcut", "samplers.0.conv")) and name.endswith("bias")
-            if linear or layer.endswith(("conv_in", "conv2", "to_out.0")):
-                weights[name] = value * stream
-            elif layer.endswith("conv1"):
-                weights[name] = value * branch
-    vae.load_weights(list(weights.items()))
-    return vae
 
 
 def pictures() -> mx.array:
