@@ -122,7 +122,7 @@ def convert(
     with making_folder(mlx_path) as folder:
         save_pretrained(folder, checkpoint.config, weights, to)
         if to == "mlx":
-            (folder / "README.md").write_text(_card(str(hf_path), upload_repo or str(mlx_path), checkpoint))
+            (folder / "README.md").write_text(_card(str(hf_path), upload_repo or mlx_path.name, checkpoint))
     print(f"[INFO] Wrote {mlx_path}")
     if upload_repo:
         print(f"[INFO] Uploaded to {hub.upload(upload_repo, mlx_path)}")
@@ -135,7 +135,8 @@ def _shapes(vae: AutoencoderKL) -> dict[str, tuple[int, ...]]:
 
 def _card(source: str, name: str, checkpoint: Checkpoint) -> str:
     """README.md for the hub."""
-    base = f"base_model: {source}\n" if HUB_ID.fullmatch(source) and not Path(source).exists() else ""
+    on_hub = HUB_ID.fullmatch(source) and not Path(source).exists()
+    base = f"base_model: {source}\n" if on_hub else ""
     return f"""---
 library_name: mlx
 {base}tags:
@@ -146,7 +147,7 @@ library_name: mlx
 
 # {name}
 
-The image autoencoder of `{source}`, converted to MLX with mlx-vae {__version__}
+The image autoencoder of `{source if on_hub else Path(source).name}`, converted to MLX with mlx-vae {__version__}
 (family {checkpoint.family or "unknown"}, {checkpoint.parameters.dtype} weights in the original).
 
 ```python
