@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import struct
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from checkpoints import LAYOUTS, checkpoint_of
+from memory import peak_bytes
 from writers import write_config, write_legacy, write_safetensors, write_zip
 
 from mlx_vae import AutoencoderKL
@@ -136,8 +136,8 @@ def main(folder: Path, seed: int, count: int) -> None:
         slowest = max(slowest, time.process_time() - start)
         victim.write_bytes(contents[victim])
     left = sorted(str(path) for path in folder.rglob("*") if path.is_file() and path not in contents)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({**outcomes, "crashes": crashes, "slowest": slowest, "peak": peak, "written": left}))
+    report = {"crashes": crashes, "slowest": slowest, "peak": peak_bytes(), "written": left}
+    print(json.dumps({**outcomes, **report}))
 
 
 if __name__ == "__main__":

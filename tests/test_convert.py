@@ -554,12 +554,12 @@ def test_bad_configurations(text: str, message: str, folder: Path) -> None:
 # Memory
 
 MEASURE = """
-import resource, sys
+import sys
+sys.path.append(sys.argv[2])
+from memory import peak_bytes
 from mlx_vae import AutoencoderKL
 vae = AutoencoderKL.from_single_file(sys.argv[1])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-unit = 1 if sys.platform == "darwin" else 1024
-print(sum(value.nbytes for value in vae.named_parameters().values()), peak * unit)
+print(sum(value.nbytes for value in vae.named_parameters().values()), peak_bytes())
 """
 
 
@@ -574,7 +574,8 @@ def test_only_the_autoencoder_is_read_from_a_bundle(kind: str, tmp_path: Path) -
     else:
         write_sparse_zip(path, mark | shapes | {"model.diffusion_model.rest": ((2 << 30) // 4,)})
     assert path.stat().st_size >= 2 << 30
-    done = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", MEASURE, path, Path(__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     weights, peak = map(int, done.stdout.split())
     assert weights == 4 * 83_653_863
