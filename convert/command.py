@@ -122,7 +122,7 @@ def convert(
     with making_folder(mlx_path) as folder:
         save_pretrained(folder, checkpoint.config, weights, to)
         if to == "mlx":
-            (folder / "README.md").write_text(_card(str(hf_path), upload_repo or mlx_path.name, checkpoint))
+            (folder / "README.md").write_text(_card(str(hf_path), upload_repo or str(mlx_path), checkpoint))
     print(f"[INFO] Wrote {mlx_path}")
     if upload_repo:
         print(f"[INFO] Uploaded to {hub.upload(upload_repo, mlx_path)}")

@@ -21,7 +21,7 @@ from typing import IO, Any
 from mlx_vae.convert.tensors import ITEMSIZE, CheckpointError, TensorView
 
 MAX_PICKLE = 8 << 20
-"""Bytes of a pickle without its tensors' data, ten times a training state's. Each may take a hundred in memory."""
+"""Bytes of a pickle, without its tensors' data: ten times a training state's. One may take a hundred in memory."""
 
 MAX_AXES = 8
 MAX_ELEMENTS = 1 << 40
