@@ -28,8 +28,8 @@ def norm_prescales(vae: AutoencoderKL) -> dict[str, np.ndarray]:
     with _watching_norms(deviations):
         pictures = mx.stack([_smooth(keys[0], config.factor * SIDE, config.in_channels)])
         z = vae.encode(pictures).latent_dist.mean
-        noise = mx.random.normal((1, SIDE, SIDE, config.latent_channels), key=keys[1])
-        mx.eval(vae.decode(z).sample, vae.decode(vae.unscale(noise)).sample)
+        noise = mx.random.normal(z.shape, key=keys[1])
+        mx.eval(vae.decode(z).sample, vae.decode(noise if config.patch_size else vae.unscale(noise)).sample)
     prescales = {}
     for name, module in vae.named_modules():
         if isinstance(module, nn.GroupNorm):
