@@ -179,7 +179,9 @@ def _run_core_ml(
             return
         plan = ct.models.compute_plan.MLComputePlan.load_from_path(model.get_compiled_model_path())
     output = np.asarray(prediction[function.outputs[0]], dtype=np.float32)
-    if output.ndim == 3:
+    if output.ndim == 2:
+        output = output[None, None]  # a grey picture: HW -> NCHW
+    elif output.ndim == 3:
         output = output[..., :3].transpose(2, 0, 1)[None]  # a picture: HWC -> NCHW
     if reference is not None:
         _compare(f"{name}, Core ML", output, reference, package.metadata, report)
