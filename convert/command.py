@@ -150,7 +150,8 @@ def _shapes(vae: AutoencoderKL) -> dict[str, tuple[int, ...]]:
 
 def _card(source: str, name: str, checkpoint: Checkpoint) -> str:
     """README.md for the hub."""
-    base = f"base_model: {source}\n" if HUB_ID.fullmatch(source) and not Path(source).exists() else ""
+    on_hub = HUB_ID.fullmatch(source) and not Path(source).exists()
+    base = f"base_model: {source}\n" if on_hub else ""
     return f"""---
 library_name: mlx
 {base}tags:
@@ -161,7 +162,7 @@ library_name: mlx
 
 # {name}
 
-The image autoencoder of `{source}`, converted to MLX with mlx-vae {__version__}
+The image autoencoder of `{source if on_hub else Path(source).name}`, converted to MLX with mlx-vae {__version__}
 (family {checkpoint.family or "unknown"}, {checkpoint.parameters.dtype} weights in the original).
 
 ```python

@@ -54,7 +54,7 @@ class Parameters:
             weights[name], problem = _to_mlx(tensor, target)
             if problem:
                 bad.append(f"{name}: {problem}")
-        self._refuse("have no usable values", bad)
+        self._refuse("hold no usable numbers", bad)
         return weights
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -63,8 +63,7 @@ class Parameters:
 
     def _refuse(self, why: str, lines: list[str]) -> None:
         if lines:
-            tensors = "1 tensor" if len(lines) == 1 else f"{len(lines)} tensors"
-            raise CheckpointError(f"{self.path}: {tensors} {why}\n  " + "\n  ".join(lines))
+            raise CheckpointError(f"{self.path}: tensors that {why}: {len(lines)}\n  " + "\n  ".join(lines))
 
     def _differences(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         lines = [f"{name}: missing" for name in shapes if name not in self.tensors]

@@ -1,1 +1,1 @@
-"""Core ML out."""
+"""Core ML out: packages for the Neural Engine, and what can be proved about them on any machine."""

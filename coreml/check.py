@@ -15,7 +15,7 @@ from mlx_vae import AutoencoderKL
 from mlx_vae.coreml.evaluate import UnsupportedOperation, evaluate
 from mlx_vae.coreml.faces import Face
 from mlx_vae.coreml.lint import lint
-from mlx_vae.coreml.package import Function, Package, PackageError
+from mlx_vae.coreml.package import Function, Package, PackageError, Type
 from mlx_vae.coreml.program import FLOAT16_MAX
 from mlx_vae.coreml.tools import coremltools, quiet
 
@@ -26,8 +26,8 @@ PICTURE_FLOOR = 45.0
 """Whole levels of a picture can't be closer than about this, however good the package."""
 OURS = {"mlx_vae.part", "mlx_vae.io", "mlx_vae.precision", "mlx_vae.compress"}
 """The metadata that a comparison needs."""
-SHOWN = 8
-"""Findings of one severity that are printed in full."""
+SHOWN, SHOWN_PEAKS = 8, 3
+"""Findings of one severity, and operations with the largest values, that are printed."""
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Report:
 
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    peaks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For each evaluation, the largest |value| of every operation by its name."""
 
     @property
     def passed(self) -> bool:
@@ -94,6 +96,7 @@ def _check_function(
     largest_name, largest = max(
         ((n, t) for op in function.operations if not op.is_constant for n, t in op.outputs.items()),
         key=lambda item: item[1].bytes,
+        default=("nothing", Type("OTHER", ())),
     )
     report.lines.append(f"{name}: largest activation {largest.bytes / 2**20:.1f} MiB ({largest_name}, {largest})")
     reference = None
@@ -139,9 +142,10 @@ def _report_peaks(title: str, peaks: dict[str, float], report: Report) -> None:
     if lost:
         report.fail(f"{title}: values that are not finite, first in {lost[0]}")
         return
-    name = max(peaks, key=lambda each: peaks[each])
-    line = f"{title}: largest |value| {peaks[name]:.4g} in {name}, {peaks[name] / FLOAT16_MAX:.2%} of float16's range"
-    report.lines.append(line)
+    report.peaks[title] = peaks
+    names = sorted(peaks, key=lambda each: -peaks[each])[:SHOWN_PEAKS]
+    values = ", ".join(f"{peaks[name]:.4g} ({peaks[name] / FLOAT16_MAX:.2%} of float16's) in {name}" for name in names)
+    report.lines.append(f"{title}: largest |value| {values}")
 
 
 def _compare(title: str, output: np.ndarray, reference: np.ndarray, metadata: dict[str, str], report: Report) -> None:
@@ -179,7 +183,9 @@ def _run_core_ml(
             return
         plan = ct.models.compute_plan.MLComputePlan.load_from_path(model.get_compiled_model_path())
     output = np.asarray(prediction[function.outputs[0]], dtype=np.float32)
-    if output.ndim == 3:
+    if output.ndim == 2:
+        output = output[None, None]  # a grey picture: HW -> NCHW
+    elif output.ndim == 3:
         output = output[..., :3].transpose(2, 0, 1)[None]  # a picture: HWC -> NCHW
     if reference is not None:
         _compare(f"{name}, Core ML", output, reference, package.metadata, report)

@@ -78,6 +78,8 @@ def _run(op: Operation, constants: Mapping[str, Operation], values: Mapping[str,
     def resolve(binding: Any) -> Any:
         if not isinstance(binding, str):
             return op.package.value(binding)
+        if binding not in values and binding not in constants:
+            raise UnsupportedOperation(f"{op.name}: {op.kind}: nothing gives its input {binding}")
         return values[binding] if binding in values else constant(constants[binding], constants)
 
     arguments = {
@@ -86,7 +88,7 @@ def _run(op: Operation, constants: Mapping[str, Operation], values: Mapping[str,
     }
     try:
         result = OPERATIONS[op.kind](**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError) as error:
         raise UnsupportedOperation(f"{op.name}: {op.kind}: {error}") from None
     return result if isinstance(result, list) else [result]
 

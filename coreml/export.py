@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_vae.convert.families import family_of
 from mlx_vae.coreml.calibrate import norm_prescales
 from mlx_vae.coreml.check import Report, check
 from mlx_vae.coreml.compress import MODES, expansion
@@ -191,6 +192,7 @@ def _metadata(face: Face, options: Options) -> dict[str, str]:
     return {
         "mlx_vae.version": __version__,
         "mlx_vae.coremltools": coremltools().__version__,
+        "mlx_vae.family": family_of(config) or "",
         "mlx_vae.part": face.part,
         "mlx_vae.io": face.io,
         "mlx_vae.input": face.input,

@@ -38,6 +38,8 @@ class Face:
         channels = self.vae.config.out_channels if self.part == "decoder" else self.vae.config.in_channels
         if self.io == "image" and channels not in (1, 3):
             raise ValueError(f"--io image: the {self.part} has {channels} picture channels; a picture has 1 or 3")
+        if self.io == "image" and self.vae.config.patch_size:
+            raise ValueError("--io image: this model's latents are patches, which only --io tensor leaves to the app")
 
     @property
     def input(self) -> str:
@@ -118,7 +120,7 @@ class Face:
             picture = np.clip(np.rint(127.5 + 60 * random.standard_normal(shape)), 0, 255).astype(np.float32)
             return picture if self.takes_picture else picture / np.float32(PICTURE_LEVELS) - 1
         latents = random.standard_normal(shape).astype(np.float32)
-        if self.io == "image":
+        if self.io == "image" or self.vae.config.patch_size:
             return latents
         return np.array(self.vae.unscale(mx.array(latents.transpose(0, 2, 3, 1)))).transpose(0, 3, 1, 2)
 

@@ -201,7 +201,7 @@ class AutoencoderKL(nn.Module):
         x = self._checked_image(x)
         if self.tiling and not self.tiling.covers(x.shape[1] // self.config.factor, x.shape[2] // self.config.factor):
             return self.tiled_encode(x, return_dict)
-        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(self._run(self._encode, x)), return_dict)
+        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(self._guarded(self._encode, x)), return_dict)
 
     def decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
         """Latents z (N, h, w, C), unscaled -> pictures (N, h * f, w * f, out_channels), with f = `config.factor`.
@@ -211,7 +211,7 @@ class AutoencoderKL(nn.Module):
         z = self._checked(z, "z", self.config.latent_channels)
         if self.tiling and not self.tiling.covers(z.shape[1], z.shape[2]):
             return self.tiled_decode(z, return_dict)
-        return _output(DecoderOutput, self._run(self._decode, z), return_dict)
+        return _output(DecoderOutput, self._guarded(self._decode, z), return_dict)
 
     def __call__(
         self,
@@ -310,21 +310,21 @@ class AutoencoderKL(nn.Module):
     def tiled_encode(self, x: mx.array, return_dict: bool = True) -> AutoencoderKLOutput:
         """As `encode`, by blended tiles whatever the size."""
         tiling = self.tiling or self._tiling()
-        moments = self._run(lambda x: tiling.encode(self._encode, x), self._checked_image(x))
+        moments = self._guarded(lambda x: tiling.encode(self._encode, x), self._checked_image(x))
         return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(moments), return_dict)
 
     def tiled_decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
         """As `decode`, by blended tiles whatever the size."""
         tiling = self.tiling or self._tiling()
         z = self._checked(z, "z", self.config.latent_channels)
-        return _output(DecoderOutput, self._run(lambda z: tiling.decode(self._decode, z), z), return_dict)
+        return _output(DecoderOutput, self._guarded(lambda z: tiling.decode(self._decode, z), z), return_dict)
 
     def _tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> Tiling:
         default = self.config.sample_size
         size = tile_sample_min_size or (default[0] if isinstance(default, tuple) else default)
         return Tiling(size // self.config.factor, self.config.factor, tile_overlap_factor)
 
-    def _run(self, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    def _guarded(self, run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """run(x), by slices if they are enabled; again in bfloat16 where float16 overflows."""
         result = self._by_slices(run, x)
         if self.dtype == mx.float16 and precision.overflows(result):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +67,9 @@ def decode_files(
                 models[place].enable_tiling()
         vae = models[place]
         is_scaled = latents.scaled is not False if scaled is None else scaled
-        patch = math.prod(vae.config.patch_size or (1,)) if is_scaled else 1
+        channels = vae.config.diffusion_channels if is_scaled else vae.config.latent_channels
         try:
-            z = latents.nhwc(vae.config.latent_channels * patch, layout)
+            z = latents.nhwc(channels, layout)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         if scaled is None and latents.scaled is None:

@@ -31,7 +31,7 @@ TARGET = 2.0**9
 normal one."""
 TOLERATED = 2.0**12
 """A stream that stays below this is left as it is: 16 times is more than pictures differ by (see `report`)."""
-SIDE = 24
+SIDE = 16
 """Of the calibration latents."""
 
 

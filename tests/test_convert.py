@@ -480,7 +480,7 @@ def test_truncated_files(file: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("decoder.conv_in.bias"), r"1 tensor do not fit\n  decoder\.conv_in\.bias: missing"),
+        (lambda t: t.pop("decoder.conv_in.bias"), r"tensors that do not fit: 1\n  decoder\.conv_in\.bias: missing"),
         (lambda t: t.update(extra=np.zeros(2, np.float32)), r"extra: unexpected"),
         (
             lambda t: t.update({"quant_conv.bias": np.zeros(5, np.float32)}),
@@ -524,7 +524,7 @@ def test_all_differences_are_in_one_error(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         AutoencoderKL.from_single_file(write_safetensors(folder / "vae.safetensors", tensors))
     assert str(caught.value).splitlines() == [
-        f"{folder / 'vae.safetensors'}: 4 tensors do not fit",
+        f"{folder / 'vae.safetensors'}: tensors that do not fit: 4",
         "  decoder.up_blocks.0.resnets.0.norm1.bias: missing",
         "  quant_conv.bias: missing",
         "  spare: unexpected",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ def test_random_configurations(part: str, seed: int, tmp_path: Path) -> None:
     assert error(answer(package, face, x), expected.numpy()) < 1e-5
 
 
-@pytest.mark.parametrize("seed", [4, 11])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_pictures_are_within_a_level(seed: int, tmp_path: Path) -> None:
-    config = random_config(seed)
-    assert config.out_channels == config.in_channels == 3
+    config = replace(random_config(seed), in_channels=3, out_channels=3)
     size = (6 * config.factor, 5 * config.factor)
     face, package = written(tmp_path / "d.mlpackage", random_model(config, seed), "decoder", size, io="image")
     latents = face.example(face.input_shape(*size), seed)

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_vae import AutoencoderKL
 
+pytestmark = pytest.mark.coreml
 tree_sitter = pytest.importorskip("tree_sitter", reason="the parity extra is not installed")
 tree_sitter_swift = pytest.importorskip("tree_sitter_swift", reason="the parity extra is not installed")
 
@@ -43,7 +44,6 @@ def test_the_grammar_finds_mistakes() -> None:
     assert mistakes(b"func f( { return 1 }")
 
 
-@pytest.mark.coreml
 def test_names_are_those_of_a_package(vae: AutoencoderKL, tmp_path: Path) -> None:
     pytest.importorskip("coremltools", reason="the coreml extra is not installed")
     from packages import written
