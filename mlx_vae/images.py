@@ -73,8 +73,10 @@ def load_image(
         scale = max_side / max(width, height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
-    levels = np.asarray(image, dtype=np.float32)
-    values = np.clip(levels / np.float32(127.5) - 1, -1, 1)
+    values = np.array(image, dtype=np.float32)
+    values /= 127.5
+    values -= 1
+    np.clip(values, -1, 1, out=values)  # Lanczos overshoots where there are more than 8 bits
     return Picture(values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2), notices)
 
 

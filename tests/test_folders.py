@@ -28,6 +28,7 @@ from mlx_vae.files import writing_into
 from mlx_vae.latents import load_latents
 
 COUNT = 75  # more than two chunks
+TIMEOUT = 300  # seconds, for a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_interrupted(tmp_path: Path, photos: Path, model: Path, whole: dict[str,
     while process.poll() is None and not (out.exists() and any(out.rglob("*.safetensors"))):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=TIMEOUT)
     if process.returncode:  # it may have been faster than the signal
         assert process.returncode == 130
         assert error.splitlines()[-1] == "interrupted"
@@ -219,7 +220,7 @@ def run_ranks(arguments: list[list[str]], hosts: Path) -> list[subprocess.Comple
         for rank, each in enumerate(arguments)
     ]
     try:
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:
         for process in processes:
             process.kill()
