@@ -13,6 +13,9 @@ import mlx.nn as nn
 from mlx_vae import cpu
 from mlx_vae.config import NORM_EPS
 
+SCORES = 1 << 26
+"""Attention scores in memory at once: 256 MiB in float32."""
+
 AttentionProcessor = Callable[[mx.array, mx.array, mx.array, float], mx.array]
 """f(q, k, v, scale) -> out, each array (N, heads, L, C)."""
 
@@ -76,8 +79,20 @@ def _spatial_mean(x: mx.array) -> mx.array:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """softmax(q k^T scale) v, each (N, heads, L, C); the softmax in float32."""
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    """softmax(q k^T scale) v, each (N, heads, L, C); the softmax in float32.
+
+    MLX has no fused kernel for the autoencoder's one wide head, and all its scores at once would be L^2 numbers: so the
+    queries come in chunks, in turn, of SCORES scores each.
+    """
+    N, heads, L, _ = q.shape
+    rows = max(1, SCORES // (N * heads * L))
+
+    def attend(q: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    if rows >= L:
+        return attend(q)
+    return mx.concatenate(in_turn(attend, [q[:, :, i : i + rows] for i in range(0, L, rows)]), axis=2)
 
 
 def in_turn(run: Callable[[mx.array], mx.array], inputs: Sequence[mx.array]) -> list[mx.array]:

@@ -85,6 +85,30 @@ def test_attention_is_softmax_of_the_products() -> None:
     assert relative_error(layers.attention(q, k, v, 0.3), expected) < 1e-6
 
 
+def test_attention_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (random_images((2, 1, 11, 8), seed) for seed in range(3))
+    whole = layers.attention(q, k, v, 0.3)
+    gradient = mx.grad(lambda q: layers.attention(q, k, v, 0.3).square().sum())
+    expected = gradient(q)
+    monkeypatch.setattr(layers, "SCORES", 2 * 11 * 3)
+    assert relative_error(layers.attention(q, k, v, 0.3), whole) < 1e-6
+    assert relative_error(gradient(q), expected) < 1e-6
+
+
+def test_attention_in_chunks_takes_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = random_images((1, 1, 2048, 8))
+
+    def peak() -> int:
+        mx.eval(q)
+        mx.reset_peak_memory()
+        mx.eval(layers.attention(q, q, q, 0.5))
+        return mx.get_peak_memory()
+
+    whole = peak()
+    monkeypatch.setattr(layers, "SCORES", 2048 * 128)
+    assert peak() < whole / 4
+
+
 def test_in_turn_is_a_list_of_results() -> None:
     inputs = [mx.array([float(i)]) for i in range(4)]
     assert [x.item() for x in layers.in_turn(lambda x: x * 2, inputs)] == [0, 2, 4, 6]
