@@ -13,8 +13,8 @@ import mlx.nn as nn
 from mlx_vae import cpu
 from mlx_vae.config import NORM_EPS
 
-SCORES = 1 << 26
-"""Attention scores in memory at once: 256 MiB in float32."""
+SCORES = 1 << 24
+"""Attention scores in a chunk: 64 MiB in float32. The backend runs a few chunks ahead."""
 
 AttentionProcessor = Callable[[mx.array, mx.array, mx.array, float], mx.array]
 """f(q, k, v, scale) -> out, each array (N, heads, L, C)."""
