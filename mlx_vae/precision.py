@@ -30,7 +30,8 @@ TARGET = 2.0**9
 """What the largest value of a stream is brought down to: 128 times below the largest float16, 2^23 above the smallest
 normal one."""
 TOLERATED = 2.0**12
-"""A stream that stays below this is left as it is: 16 times is more than pictures differ by (see `report`)."""
+"""A stream that stays below this is left as it is, with 16 times to spare: measured on the embedded model, photographs
+reach 4.7 times the values of the calibration at most."""
 SIDE = 16
 """Of the calibration latents."""
 
