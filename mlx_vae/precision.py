@@ -89,6 +89,14 @@ def fit(vae: AutoencoderKL, latents: mx.array | None = None) -> str | None:
     return f"rescaled for float16, exactly: {describe(scales)}"
 
 
+def cast(vae: AutoencoderKL, dtype: mx.Dtype) -> None:
+    """`vae.set_dtype(dtype)`. Raises ValueError, naming the first, for parameters that dtype can't hold."""
+    vae.set_dtype(dtype)
+    for name, value in vae.named_parameters().items():
+        if overflows(value):
+            raise ValueError(f"{name}: some values are too large for {dtype}; take float32 or bfloat16")
+
+
 def rescale(vae: AutoencoderKL, scales: tuple[float, float, float, float]) -> None:
     """Multiplies the encoder's stream and branches and the decoder's by powers of two, in place; same function.
 
