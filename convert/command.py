@@ -137,10 +137,7 @@ def _restored(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> AutoencoderKL:
         return AutoencoderKL.from_checkpoint(checkpoint, dtype, rescale=False)
     vae = AutoencoderKL.from_checkpoint(checkpoint, mx.float32)
     precision.restore(vae)
-    vae.set_dtype(dtype or checkpoint.dtype)
-    for name, value in vae.named_parameters().items():
-        if precision.overflows(value):
-            raise CheckpointError(f"{name}: without its activation_scales too large for {value.dtype}; take float32")
+    precision.cast(vae, dtype or checkpoint.dtype)
     return vae
 
 

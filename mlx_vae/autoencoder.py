@@ -181,9 +181,13 @@ class AutoencoderKL(nn.Module):
             vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))
             return vae
         vae.update(tree_unflatten(list(checkpoint.weights(shapes, mx.float32).items())))
-        if line := precision.fit(vae):
+        try:
+            line = precision.fit(vae)
+            precision.cast(vae, mx.float16)
+        except ValueError as error:
+            raise convert.CheckpointError(f"{checkpoint.parameters.path}: {error}") from None
+        if line:
             logger.warning("%s: %s", checkpoint.parameters.path, line)
-        vae.set_dtype(mx.float16)
         return vae
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

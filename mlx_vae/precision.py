@@ -30,7 +30,8 @@ TARGET = 2.0**9
 """What the largest value of a stream is brought down to: 128 times below the largest float16, 2^23 above the smallest
 normal one."""
 TOLERATED = 2.0**12
-"""A stream that stays below this is left as it is: 16 times is more than pictures differ by (see `report`)."""
+"""A stream that stays below this is left as it is, with 16 times to spare: measured on the embedded model, photographs
+reach 4.7 times the values of the calibration at most."""
 SIDE = 16
 """Of the calibration latents."""
 
@@ -86,6 +87,14 @@ def fit(vae: AutoencoderKL, latents: mx.array | None = None) -> str | None:
         return None
     rescale(vae, scales)
     return f"rescaled for float16, exactly: {describe(scales)}"
+
+
+def cast(vae: AutoencoderKL, dtype: mx.Dtype) -> None:
+    """`vae.set_dtype(dtype)`. Raises ValueError, naming the first, for parameters that dtype can't hold."""
+    vae.set_dtype(dtype)
+    for name, value in vae.named_parameters().items():
+        if overflows(value):
+            raise ValueError(f"{name}: some values are too large for {dtype}; take float32 or bfloat16")
 
 
 def rescale(vae: AutoencoderKL, scales: tuple[float, float, float, float]) -> None:

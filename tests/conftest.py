@@ -9,14 +9,20 @@ import mlx_vae  # isort: skip  (before mlx: see blas.py)
 import pytest
 from models import SMALL, random_model
 
-HAS_REFERENCE = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
-collect_ignore_glob = [] if HAS_REFERENCE else ["test_*_parity.py"]
+NEEDS = {
+    "test_*_parity.py": ("torch", "diffusers", "skimage"),
+    "test_coreml*.py": ("coremltools", "tree_sitter", "tree_sitter_swift"),
+}
+MISSING = {
+    pattern: missing
+    for pattern, modules in NEEDS.items()
+    if (missing := [name for name in modules if importlib.util.find_spec(name) is None])
+}
+collect_ignore_glob = list(MISSING)
 
 
-def pytest_report_header() -> str:
-    return (
-        f"parity with diffusers: {'available' if HAS_REFERENCE else 'not collected; torch and diffusers are missing'}"
-    )
+def pytest_report_header() -> list[str]:
+    return [f"not collected: {pattern}, for want of {', '.join(missing)}" for pattern, missing in MISSING.items()]
 
 
 @pytest.fixture

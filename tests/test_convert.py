@@ -88,12 +88,13 @@ def test_mixed_dtypes_become_the_widest(folder: Path) -> None:
     assert AutoencoderKL.from_single_file(write_safetensors(folder / "b.safetensors", halves)).dtype == mx.float32
 
 
-def test_a_cast_that_overflows_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_cast_that_overflows_is_refused(rescale: bool, folder: Path) -> None:
     tensors = checkpoint_of(PLAIN, "diffusers")
-    tensors["decoder.conv_in.bias"][0] = 1e5
+    tensors["decoder.conv_out.bias"][0] = 1e5
     path = write_safetensors(folder / "a.safetensors", tensors)
-    with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.bias: some values are too large for .*float16"):
-        AutoencoderKL.from_single_file(path, dtype=mx.float16)
+    with pytest.raises(CheckpointError, match=r"decoder\.conv_out\.bias: some values are too large for .*float16"):
+        AutoencoderKL.from_single_file(path, dtype=mx.float16, rescale=rescale)
 
 
 def test_views_of_storages(folder: Path) -> None:

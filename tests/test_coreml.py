@@ -19,7 +19,6 @@ from mlx_vae.coreml.compress import MODES, integers, packed, palette
 from mlx_vae.coreml.package import Package, PackageError, unpacked
 from mlx_vae.coreml.tools import coremltools, quiet
 
-pytest.importorskip("coremltools", reason="the coreml extra is not installed")
 pytestmark = pytest.mark.coreml
 
 from packages import answer, error, written  # noqa: E402

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("coremltools", reason="the coreml extra is not installed")
 pytestmark = pytest.mark.coreml
 
 from packages import foreign, written  # noqa: E402

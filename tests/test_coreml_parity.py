@@ -18,7 +18,6 @@ from reference import reference_model
 from mlx_vae.coreml.evaluate import OPERATIONS, evaluate
 from mlx_vae.coreml.faces import PARTS
 
-pytest.importorskip("coremltools", reason="the coreml extra is not installed")
 pytestmark = pytest.mark.parity
 
 DRAW = np.random.default_rng(0)

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import tree_sitter
+import tree_sitter_swift
 
 from mlx_vae import AutoencoderKL
 
 pytestmark = pytest.mark.coreml
-tree_sitter = pytest.importorskip("tree_sitter", reason="the parity extra is not installed")
-tree_sitter_swift = pytest.importorskip("tree_sitter_swift", reason="the parity extra is not installed")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "swift"
 FILES = sorted(EXAMPLE.rglob("*.swift"))
@@ -45,7 +45,6 @@ def test_the_grammar_finds_mistakes() -> None:
 
 
 def test_names_are_those_of_a_package(vae: AutoencoderKL, tmp_path: Path) -> None:
-    pytest.importorskip("coremltools", reason="the coreml extra is not installed")
     from packages import written
 
     _, package = written(tmp_path / "a.mlpackage", vae, io="image")

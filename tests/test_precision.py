@@ -186,6 +186,17 @@ def test_calibration_refuses_a_model_that_overflows_itself() -> None:
         precision.fit(inflated(SMALL, 2.0**127))
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0, 1.0), (2.0**-5, 2.0**-4, 2.0**-6, 2.0**-3)])
+def test_the_picture_of_tiny_stays_the_same(scales: tuple[float, float, float, float]) -> None:
+    vae = AutoencoderKL.from_pretrained("tiny", dtype=mx.float32)
+    z = vae.encode(mx.array(precision.draw_calibration_pictures(128, 3)[:1])).latent_dist.mean
+    expected = vae.decode(z).sample
+    precision.rescale(vae, scales)
+    vae.set_dtype(mx.float16)
+    error = mx.mean(mx.square(vae.decode(z).sample.astype(mx.float32) - expected)).item()
+    assert 10 * math.log10(4 / error) > 50
+
+
 @pytest.mark.parametrize("scales", [(1.0, 2.0, 3.0, 4.0), (1.0,), (0.0, 1.0, 1.0, 1.0), "1111"])
 def test_configurations_refuse_other_scales(scales: object) -> None:
     with pytest.raises(ValueError, match="must hold four powers of two"):
