@@ -11,7 +11,9 @@ from __future__ import annotations
 import mlx_vae  # noqa: F401  isort: skip  (before mlx: see mlx_vae/blas.py)
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import mlx.core as mx
@@ -72,14 +74,18 @@ def through(vae: AutoencoderKL, picture: np.ndarray) -> np.ndarray:
     return to_bytes(vae(x).sample[0])
 
 
-def fit_pca(pictures: np.ndarray, coefficients: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The best linear code of single blocks of `pictures` (N, H, W, 3), with so many coefficients for each.
+def fit_pca(pictures: Iterable[np.ndarray], coefficients: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The best linear code of single blocks of `pictures`, each (H, W, 3), with so many coefficients for each block.
 
     Returns what `through` is for an autoencoder: (H, W, 3) uint8 -> the same.
     """
-    blocks = np.concatenate([to_blocks(picture) for picture in pictures])
-    mean = blocks.mean(axis=0)
-    basis = np.linalg.eigh(np.cov(blocks, rowvar=False))[1][:, -coefficients:]
+    count, total, products = 0, np.zeros(3 * BLOCK**2), np.zeros((3 * BLOCK**2, 3 * BLOCK**2))
+    for picture in pictures:  # one at a time: the blocks of all of them are large
+        blocks = to_blocks(picture) - 128  # near 0, where the covariance below loses no digits
+        count, total, products = count + len(blocks), total + blocks.sum(axis=0), products + blocks.T @ blocks
+    covariance = products / count - np.outer(total, total) / count**2
+    mean = total / count + 128
+    basis = np.linalg.eigh(covariance)[1][:, -coefficients:]
 
     def through_pca(picture: np.ndarray) -> np.ndarray:
         restored = (to_blocks(picture) - mean) @ basis @ basis.T + mean
@@ -106,10 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="another model folder (tiny)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="(float32)")
     parser.add_argument("--drawn", type=int, default=64, help="how many drawn pictures (64)")
+    parser.add_argument("--fit", type=int, default=400, help="on how many drawn pictures the PCA is fitted (400)")
     arguments = parser.parse_args(argv)
 
     vae = AutoencoderKL.from_pretrained(arguments.model, dtype=getattr(mx, arguments.dtype))
-    through_pca = fit_pca(np.stack([draw(FIRST_PICTURE + i) for i in range(100)]), vae.config.latent_channels)
+    numbers = range(FIRST_PICTURE, FIRST_PICTURE + arguments.fit)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as processes:
+        through_pca = fit_pca(processes.map(draw, numbers, chunksize=8), vae.config.latent_channels)
     sets = {
         "drawn pictures": {str(number): draw(number) for number in range(arguments.drawn)},
         "photographs": {Path(name).stem: square(load_photograph(name)) for name in PHOTOGRAPHS},
