@@ -79,7 +79,7 @@ def inspect(
     """
     checkpoint = open_pretrained(hf_path, subfolder, revision, variant, family)
     found = checkpoint.parameters
-    found.check(_shapes(AutoencoderKL(checkpoint.config)))
+    found.check(AutoencoderKL(checkpoint.config).parameter_shapes())
     return Inspection(
         path=found.path,
         layout=found.layout,
@@ -139,10 +139,6 @@ def _restored(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> AutoencoderKL:
     precision.restore(vae)
     precision.cast(vae, dtype or checkpoint.dtype)
     return vae
-
-
-def _shapes(vae: AutoencoderKL) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in vae.named_parameters().items()}
 
 
 def _card(source: str, name: str, checkpoint: Checkpoint) -> str:

@@ -63,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     coremltools()
     vae = AutoencoderKL.from_pretrained(arguments.model, dtype=mx.float32)
-    if arguments.precision == "float16" and not arguments.no_rescale and (line := precision.fit(vae)):
-        cli.notice(line)
     with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc} ({elapsed})", leave=False) as bar:
         say = bar.set_description
         if arguments.check:
@@ -84,6 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
         jobs = [(Face(vae, part, options.io), path) for part, path in zip(parts, paths, strict=True)]
         for face, path in jobs:
             refuse(face, path, options)
+        if options.precision == "float16" and not arguments.no_rescale and (line := precision.fit(vae)):
+            cli.notice(line)
         return max(_told(export(face, path, options, not arguments.no_check, say)) for face, path in jobs)
 
 

@@ -129,6 +129,10 @@ class AutoencoderKL(nn.Module):
         """Every parameter under its diffusers name, convolution weights OHWI."""
         return dict(tree_flatten(self.parameters()))
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter under its diffusers name."""
+        return {name: value.shape for name, value in self.named_parameters().items()}
+
     # Loading and saving
 
     @classmethod
@@ -175,7 +179,7 @@ class AutoencoderKL(nn.Module):
     ) -> AutoencoderKL:
         """Loads what `convert.open_pretrained` or `open_single_file` has found; as `from_pretrained`."""
         vae = cls(checkpoint.config)
-        shapes = {name: value.shape for name, value in vae.named_parameters().items()}
+        shapes = vae.parameter_shapes()
         dtype = dtype or checkpoint.dtype
         if not (dtype == mx.float16 and rescale and vae.config.force_upcast and not vae.config.activation_scales):
             vae.update(tree_unflatten(list(checkpoint.weights(shapes, dtype).items())))

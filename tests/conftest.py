@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import mlx_vae  # isort: skip  (before mlx: see blas.py)
 
@@ -29,3 +30,11 @@ def pytest_report_header() -> list[str]:
 def vae() -> mlx_vae.AutoencoderKL:
     """A small model of factor 4 with random weights."""
     return random_model(SMALL)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a model in a folder."""
+    folder = tmp_path_factory.mktemp("models") / "a small model"
+    random_model(SMALL).save_pretrained(folder)
+    return folder

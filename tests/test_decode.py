@@ -9,20 +9,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import SMALL, random_latents, random_model
+from models import random_latents
 from PIL import Image
 
 from mlx_vae import AutoencoderKL
 from mlx_vae.decode import decode_files, main
 from mlx_vae.images import to_bytes
 from mlx_vae.latents import Latents, save_latents
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "a small model"
-    random_model(SMALL).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -21,13 +21,6 @@ from mlx_vae.images import load_image, pad_to_multiple
 from mlx_vae.latents import load_latents, read_metadata
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "a small model"
-    random_model(SMALL).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "a picture.png"

@@ -32,13 +32,6 @@ TIMEOUT = 300  # seconds, for a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    random_model(SMALL).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures") / "photos"
     make_folder(folder, COUNT)
