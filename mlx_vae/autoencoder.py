@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_vae import convert, layers, precision
+from mlx_vae import convert, layers, memory, precision, slabs
 from mlx_vae.blocks import AttentionBlock, DownBlock, MidBlock, UpBlock
 from mlx_vae.config import AutoencoderKLConfig
+from mlx_vae.memory import Memory
 from mlx_vae.posterior import DiagonalGaussianDistribution
 from mlx_vae.tiling import Tiling
 
@@ -56,11 +57,15 @@ class Encoder(nn.Module):
         self.conv_norm_out = layers.norm(groups, widths[-1])
         self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels)
 
+    def steps(self) -> Iterator[nn.Module]:
+        """What runs between conv_in and conv_norm_out: resnets, attention blocks and samplers, in their order."""
+        for block in (*self.down_blocks, self.mid_block):
+            yield from block.steps()
+
     def __call__(self, x: mx.array) -> mx.array:
         x = layers.conv(self.conv_in, x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
+        for step in self.steps():
+            x = step(x)
         return layers.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
@@ -88,11 +93,15 @@ class Decoder(nn.Module):
         self.conv_norm_out = layers.norm(groups, widths[-1])
         self.conv_out = layers.conv3x3(widths[-1], config.out_channels)
 
+    def steps(self) -> Iterator[nn.Module]:
+        """What runs between conv_in and conv_norm_out: resnets, attention blocks and samplers, in their order."""
+        for block in (self.mid_block, *self.up_blocks):
+            yield from block.steps()
+
     def __call__(self, z: mx.array) -> mx.array:
         x = layers.conv(self.conv_in, z)
-        x = self.mid_block(x)
-        for block in self.up_blocks:
-            x = block(x)
+        for step in self.steps():
+            x = step(x)
         return layers.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
@@ -200,26 +209,60 @@ class AutoencoderKL(nn.Module):
 
     # Encoding and decoding
 
-    def encode(self, x: mx.array, return_dict: bool = True) -> AutoencoderKLOutput:
+    def encode(
+        self,
+        x: mx.array,
+        return_dict: bool = True,
+        max_memory: str | int | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> AutoencoderKLOutput:
         """The posterior of pictures x (N, H, W, in_channels) in [-1, 1]; its latents are (N, H / f, W / f, C).
 
-        `return_dict=False` gives a plain tuple, here and below. Raises ValueError for anything but a floating-point
-        array of that shape with H and W multiples of f = `config.factor`.
+        `return_dict=False` gives a plain tuple, here and below. `max_memory` and `progress` are as for `decode`.
+        Raises ValueError for anything but a floating-point array of that shape with H and W multiples of
+        f = `config.factor`.
         """
         x = self._checked_image(x)
         if self.tiling and not self.tiling.covers(x.shape[1] // self.config.factor, x.shape[2] // self.config.factor):
+            self._check_exact(max_memory)
             return self.tiled_encode(x, return_dict)
-        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(self._guarded(self._encode, x)), return_dict)
+        moments = self._guarded(lambda x: self._quantized(self._run(self.encoder, x, max_memory, progress)), x)
+        return _output(AutoencoderKLOutput, DiagonalGaussianDistribution(moments), return_dict)
 
-    def decode(self, z: mx.array, return_dict: bool = True) -> DecoderOutput:
+    def decode(
+        self,
+        z: mx.array,
+        return_dict: bool = True,
+        max_memory: str | int | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> DecoderOutput:
         """Latents z (N, h, w, C), unscaled -> pictures (N, h * f, w * f, out_channels), with f = `config.factor`.
 
-        Raises ValueError for anything but a floating-point array of that shape.
+        `max_memory` is how much decoding may take besides the weights, in bytes or as "4GB", for the same pictures, to
+        rounding: they are computed one by one, by slabs of rows (see `slabs`). Without it a GPU computes whole what
+        fits into half of its memory, and a CPU takes the slabs that are fastest there. `progress` is called again and
+        again with the share of the work that has been done since.
+
+        Raises ValueError for anything but a floating-point array of that shape, and for a limit that is less than
+        `decode_memory(z.shape).least`.
         """
         z = self._checked(z, "z", self.config.latent_channels)
         if self.tiling and not self.tiling.covers(z.shape[1], z.shape[2]):
+            self._check_exact(max_memory)
             return self.tiled_decode(z, return_dict)
-        return _output(DecoderOutput, self._guarded(self._decode, z), return_dict)
+        run = lambda z: self._run(self.decoder, self._unquantized(z), max_memory, progress)  # noqa: E731
+        return _output(DecoderOutput, self._guarded(run, z), return_dict)
+
+    def decode_memory(self, shape: tuple[int, ...], dtype: mx.Dtype | None = None) -> Memory:
+        """What decoding latents (N, h, w, C) takes in bytes besides the weights: `whole`, and at `least`.
+
+        `dtype` is that of the model if not given.
+        """
+        return memory.needed(self.decoder, shape, (dtype or self.dtype).size)
+
+    def encode_memory(self, shape: tuple[int, ...], dtype: mx.Dtype | None = None) -> Memory:
+        """As `decode_memory`, of pictures (N, H, W, C)."""
+        return memory.needed(self.encoder, shape, (dtype or self.dtype).size)
 
     def __call__(
         self,
@@ -263,11 +306,31 @@ class AutoencoderKL(nn.Module):
         return z.reshape(N, h, w, C // (p * q), p, q).transpose(0, 1, 4, 2, 5, 3).reshape(N, h * p, w * q, C // (p * q))
 
     def _encode(self, x: mx.array) -> mx.array:
-        moments = self.encoder(x)
-        return self.quant_conv(moments) if "quant_conv" in self else moments
+        return self._quantized(self.encoder(x))
 
     def _decode(self, z: mx.array) -> mx.array:
-        return self.decoder(self.post_quant_conv(z) if "post_quant_conv" in self else z)
+        return self.decoder(self._unquantized(z))
+
+    def _quantized(self, moments: mx.array) -> mx.array:
+        return self.quant_conv(moments) if "quant_conv" in self else moments
+
+    def _unquantized(self, z: mx.array) -> mx.array:
+        return self.post_quant_conv(z) if "post_quant_conv" in self else z
+
+    def _run(
+        self, half: nn.Module, x: mx.array, max_memory: str | int | None, progress: Callable[[float], object] | None
+    ) -> mx.array:
+        """half(x), whole or by slabs."""
+        limit = None if max_memory is None else memory.parse(max_memory)
+        plan = memory.plan(half, x.shape, self.dtype.size, limit)
+        if plan is None or not _can_be_evaluated(x, limit):
+            return half(x)
+        share = None if progress is None else lambda part: progress(part / len(x))
+        return mx.concatenate([slabs.run(half, x[i : i + 1], plan, share) for i in range(len(x))])
+
+    def _check_exact(self, max_memory: str | int | None) -> None:
+        if max_memory is not None:
+            raise ValueError("max_memory is for exact decoding and encoding: disable_tiling() first")
 
     def _latent_space(self, z: mx.array) -> tuple[mx.array, mx.array]:
         """shift and scale, each (1,) or (C,), in the dtype of z."""
@@ -354,6 +417,17 @@ class AutoencoderKL(nn.Module):
 
     def set_default_attn_processor(self) -> None:
         self.set_attn_processor(layers.attention)
+
+
+def _can_be_evaluated(x: mx.array, limit: int | None) -> bool:
+    """Whether x has values yet, as slabs need. Raises ValueError if not and there is a limit to keep."""
+    try:
+        mx.eval(x)
+    except ValueError:
+        if limit is None:
+            return False
+        raise ValueError("max_memory can't be kept inside of mx.compile and mx.vmap: leave it out there") from None
+    return True
 
 
 def _output(kind: Callable[[Any], Any], value: object, return_dict: bool) -> Any:

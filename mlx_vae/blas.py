@@ -13,7 +13,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SWITCH = "MLX_VAE_BLAS"
 LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
@@ -38,5 +41,28 @@ def load_fast_blas() -> str | None:
             except OSError:
                 continue
             if hasattr(loaded, "cblas_sgemm"):
+                _loaded.append(loaded)
                 return None
     return INSTALL
+
+
+_loaded: list[Any] = []
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Products on one thread each, for as long as streams compute side by side; where it can't be set, as they are."""
+    for library in _loaded:
+        for get, set_ in (
+            ("openblas_get_num_threads", "openblas_set_num_threads"),
+            ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+        ):
+            if hasattr(library, get) and hasattr(library, set_):
+                threads = getattr(library, get)()
+                getattr(library, set_)(1)
+                try:
+                    yield
+                finally:
+                    getattr(library, set_)(threads)
+                return
+    yield

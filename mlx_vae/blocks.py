@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import mlx.core as mx
@@ -71,7 +72,20 @@ class Upsample(nn.Module):
         return layers.upsample_conv(self.conv, x)
 
 
-class MidBlock(nn.Module):
+class Steps(nn.Module):
+    """Modules that run one after the other."""
+
+    def steps(self) -> Iterator[nn.Module]:
+        """Those modules: resnets, attention blocks and samplers."""
+        raise NotImplementedError
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for step in self.steps():
+            x = step(x)
+        return x
+
+
+class MidBlock(Steps):
     """Two resnets with attention (or nothing) between them: (N, H, W, C) -> (N, H, W, C)."""
 
     def __init__(self, channels: int, groups: int, add_attention: bool) -> None:
@@ -80,14 +94,13 @@ class MidBlock(nn.Module):
         if add_attention:
             self.attentions = [AttentionBlock(channels, groups)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.resnets[0](x)
-        if "attentions" in self:
-            x = self.attentions[0](x)
-        return self.resnets[1](x)
+    def steps(self) -> Iterator[nn.Module]:
+        yield self.resnets[0]
+        yield from self.get("attentions", [])
+        yield self.resnets[1]
 
 
-class _Level(nn.Module):
+class _Level(Steps):
     """The resnets of one resolution, each followed by attention where the block type says so."""
 
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int, add_attention: bool) -> None:
@@ -97,12 +110,11 @@ class _Level(nn.Module):
         if add_attention:
             self.attentions = [AttentionBlock(out_channels, groups) for _ in range(num_layers)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def steps(self) -> Iterator[nn.Module]:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x)
-            if "attentions" in self:
-                x = self.attentions[i](x)
-        return x
+            yield resnet
+            yield from self.get("attentions", [])[i : i + 1]
+        yield from self.get("downsamplers", self.get("upsamplers", []))
 
 
 class DownBlock(_Level):
@@ -121,10 +133,6 @@ class DownBlock(_Level):
         if add_downsample:
             self.downsamplers = [Downsample(out_channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = super().__call__(x)
-        return self.downsamplers[0](x) if "downsamplers" in self else x
-
 
 class UpBlock(_Level):
     """One decoder level: (N, H, W, C) -> (N, 2H, 2W, O), or (N, H, W, O) for the last."""
@@ -141,7 +149,3 @@ class UpBlock(_Level):
         super().__init__(in_channels, out_channels, num_layers, groups, add_attention)
         if add_upsample:
             self.upsamplers = [Upsample(out_channels)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = super().__call__(x)
-        return self.upsamplers[0](x) if "upsamplers" in self else x

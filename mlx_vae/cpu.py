@@ -1,98 +1,218 @@
-"""Convolutions for MLX's CPU backend, as sums of shifted matrix products. Arrays are NHWC, weights OHWI.
+"""SiLU, softmax and convolutions for MLX's CPU backend. Arrays are NHWC, weights OHWI.
 
-`mx.conv2d` copies its input once for every tap of the kernel before it multiplies. Here a picture is a matrix of
-pixels by channels, and to shift it by a tap is to begin further down that matrix: nothing is copied. All arithmetic is
-float32, the dtype in which the CPU's matrix products are fast.
+What is fast there is a matrix product and a simple operation on every element; what is slow is `mx.conv2d`, which
+copies its input once for every tap of the kernel, and `mx.exp`, which takes its elements one by one. So here exp is a
+polynomial, a large convolution is Winograd's, and a small one is a sum of shifted products: a picture is a matrix of
+pixels by channels, and to shift it by a tap is to begin further down that matrix.
+
+All arithmetic is float32, the dtype in which the CPU's matrix products are fast.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+
+Edges = tuple[int, int]
+"""How many rows of zeros belong above and below the rows that are given."""
+
+Convolution = Callable[[mx.array, Edges], mx.array]
+"""f(x, edges): (N, H, W, C) in any dtype -> (N, rows, W', O) in float32."""
 
 
-def conv3x3(x: mx.array, weight: mx.array) -> mx.array:
-    """(N, H, W, C) * (O, 3, 3, C) -> (N, H, W, O), zeros around the picture."""
-    return _conv(_pad(x, 1, 1), weight, x.dtype)
+# Exponentials
+
+LOG2_E = math.log2(math.e)
+ROUND = 1.5 * 2.0**23
+"""A float32 of this size has no fraction: to add it is to round, and the sum's lowest bits are the whole number."""
+EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
+"""2^x on [-1/2, 1/2], lowest power first, to 2e-7."""
 
 
-def downsample_conv3x3(x: mx.array, weight: mx.array) -> mx.array:
-    """(N, H, W, C) * (O, 3, 3, C) -> (N, H / 2, W / 2, O): stride 2, zeros on the right and at the bottom.
+def _exp(x: mx.array) -> mx.array:
+    power = mx.clip(x * LOG2_E, -126, 126)
+    rounded = power + ROUND
+    rest = power - (rounded - ROUND)
+    result = rest * float(EXP2[-1]) + float(EXP2[-2])
+    for coefficient in EXP2[-3::-1]:
+        result = result * rest + float(coefficient)
+    exponent = mx.left_shift(mx.view(rounded, mx.int32), 23)
+    return mx.view(mx.view(result, mx.int32) + exponent, mx.float32)
+
+
+exp: Any = mx.custom_function(_exp)
+"""e^x of a float32 array, between 2^-126 and 2^126: 2^n 2^r with n whole and |r| at most 1/2, a polynomial."""
+exp.vjp(lambda x, cotangent, result: cotangent * result)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x / (1 + e^-x) of a float32 array."""
+    return x / (exp(-x) + 1)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """softmax(q k^T scale) v: (N, heads, L, C), k and v maybe of another L, in the dtype of q."""
+    q, k, v, dtype = q.astype(mx.float32) * scale, k.astype(mx.float32), v.astype(mx.float32), q.dtype
+    scores = q @ k.swapaxes(-1, -2)
+    weights = exp(scores - mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
+    return ((weights @ v) / mx.sum(weights, axis=-1, keepdims=True)).astype(dtype)
+
+
+# Convolutions
+
+
+def conv3x3(weight: mx.array) -> Convolution:
+    """Of weights (O, 3, 3, C), the size is kept: (N, H, W, C) -> (N, H + edges - 2, W, O)."""
+    convolve = _convolution(weight)
+    return lambda x, edges: convolve(_padded(x, edges, (1, 1)))
+
+
+def downsample_conv3x3(weight: mx.array) -> Convolution:
+    """Of weights (O, 3, 3, C), stride 2, zeros on the right: (N, H, W, C) -> (N, (H + edges - 1) / 2, W / 2, O).
 
     Each square of 2x2 pixels becomes one pixel of 4C channels, and the kernel 2x2 such squares.
     """
-    N, H, W, C = x.shape
-    O = weight.shape[0]
-    squares = x.reshape(N, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, H // 2, W // 2, 4 * C)
-    kernel = _pad(weight, 0, 1).reshape(O, 2, 2, 2, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(O, 2, 2, 4 * C)
-    return _conv(_pad(squares, 0, 1), kernel, x.dtype)
+    O, _, _, C = weight.shape
+    kernel = _padded(weight, (0, 1), (0, 1)).reshape(O, 2, 2, 2, 2, C).transpose(0, 1, 3, 2, 4, 5)
+    convolve = _convolution(kernel.reshape(O, 2, 2, 4 * C))
+
+    def downsample(x: mx.array, edges: Edges) -> mx.array:
+        x = _padded(x, (edges[0], edges[1] + 1), (0, 2))
+        N, H, W, _ = x.shape
+        squares = x.reshape(N, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 2, 4, 5)
+        return convolve(squares.reshape(N, H // 2, W // 2, 4 * C))
+
+    return downsample
 
 
-def upsample_conv3x3(x: mx.array, weight: mx.array) -> mx.array:
-    """(N, H, W, C) * (O, 3, 3, C) -> (N, 2H, 2W, O): every pixel doubled, then a convolution.
+def upsample_conv3x3(weight: mx.array) -> Convolution:
+    """Of weights (O, 3, 3, C), every pixel doubled, then a convolution: (N, H, W, C) -> (N, 2 (H + edges - 2), 2W, O).
 
     Of the three rows that a window sees in the doubled picture, two are one row of the small one. So each of the 2x2
     phases of the output is a 2x2 convolution of the small picture with summed taps: 16 products in place of 36.
     """
-    N, H, W, _ = x.shape
-    O = weight.shape[0]
-    rows = _summed_taps(weight, axis=1)
-    kernels = [taps for row in rows for taps in _summed_taps(row, axis=2)]  # 4 of (O, 2, 2, C)
-    phases = _conv(_pad(x, 1, 1), mx.concatenate(kernels), x.dtype)  # (N, H + 1, W + 1, 4 O)
-    phases = phases.reshape(N, H + 1, W + 1, 2, 2, O)
-    rows = [mx.stack([phases[:, a : a + H, b : b + W, a, b] for b in range(2)], axis=3) for a in range(2)]
-    return mx.stack(rows, axis=2).reshape(N, 2 * H, 2 * W, O)
+    phases = [[_convolution(taps) for taps in _summed_taps(rows, axis=2)] for rows in _summed_taps(weight, axis=1)]
+
+    def upsample(x: mx.array, edges: Edges) -> mx.array:
+        x = _padded(x, edges, (1, 1))
+        N, H, W, _ = x.shape
+        rows = [
+            mx.stack([phases[a][b](x[:, a : H - 1 + a, b : W - 1 + b]) for b in range(2)], axis=3) for a in range(2)
+        ]
+        return mx.stack(rows, axis=2).reshape(N, 2 * (H - 2), 2 * (W - 2), -1)
+
+    return upsample
 
 
 def _summed_taps(weight: mx.array, axis: int) -> list[mx.array]:
     """The three taps along an axis as two, for the even pixels (0, 1 + 2) and for the odd ones (0 + 1, 2)."""
-    first, middle, last = mx.split(weight, 3, axis=axis)
+    first, middle, last = mx.split(weight.astype(mx.float32), 3, axis=axis)
     return [mx.concatenate([first, middle + last], axis=axis), mx.concatenate([first + middle, last], axis=axis)]
 
 
-def _pad(x: mx.array, before: int, after: int) -> mx.array:
-    return mx.pad(x, [(0, 0), (before, after), (before, after), (0, 0)])
+def _padded(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
+    return mx.pad(x.astype(mx.float32), [(0, 0), rows, columns, (0, 0)])
 
 
-def _conv(x: mx.array, weight: mx.array, dtype: mx.Dtype) -> mx.array:
-    return _valid_conv(x.astype(mx.float32), weight.astype(mx.float32)).astype(dtype)
+def _convolution(weight: mx.array) -> Callable[[mx.array], mx.array]:
+    """Of weights (O, r, r, C), without padding: (N, H, W, C) in float32 -> (N, H - r + 1, W - r + 1, O)."""
+    O, _, _, C = weight.shape
+    weight = weight.astype(mx.float32)
+    fixed = mx.stop_gradient(weight)
+    taps = mx.contiguous(fixed.transpose(1, 2, 3, 0))
+    transformed = _winograd_weights(fixed) if min(C, O) >= WINOGRAD_CHANNELS else None
+
+    def convolve(x: mx.array) -> mx.array:
+        if transformed is None or x.shape[1] < WINOGRAD_ROWS:
+            return _shifted_products(x, weight, taps)
+        return _winograd(x, weight, transformed)
+
+    return convolve
 
 
-def _shifted_products(x: mx.array, weight: mx.array) -> mx.array:
-    """(N, H, W, C) * (O, h, w, C) -> (N, H - h + 1, W - w + 1, O): a convolution without padding."""
+def _sum_of_shifted_products(x: mx.array, weight: mx.array, taps: mx.array) -> mx.array:
     N, H, W, C = x.shape
-    O, h, w, _ = weight.shape
+    r, _, _, O = taps.shape
     pixels = x.reshape(-1, C)
-    count = _window_count(x, weight)
-    total = pixels[:count] @ weight[:, 0, 0].T
-    for i, j in list(product(range(h), range(w)))[1:]:
-        total = mx.addmm(total, pixels[i * W + j :][:count], weight[:, i, j].T)
+    count = (N * H - (r - 1)) * W - (r - 1)  # the windows, and those that run over the right edge or into the next N
+    shifts = [(taps[i, j], i * W + j) for i, j in product(range(r), range(r))]
+    total = pixels[:count] @ taps[0, 0]
+    for tap, shift in shifts[1:]:
+        total = mx.addmm(total, pixels[shift : shift + count], tap)
     total = mx.pad(total, [(0, N * H * W - count), (0, 0)])
-    return total.reshape(N, H, W, O)[:, : H - h + 1, : W - w + 1]
+    return total.reshape(N, H, W, O)[:, : H - r + 1, : W - r + 1]
 
 
-def _shifted_products_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    x, weight = primals
-    W, C = x.shape[2:]
-    O, h, w = weight.shape[:3]
-    edges = [(0, 0), (h - 1, h - 1), (w - 1, w - 1), (0, 0)]
+WINOGRAD_CHANNELS = 64
+"""From here up, Winograd's products are so many fewer that its transforms pay."""
+WINOGRAD_ROWS = 5
+TILE = 4
+POINTS = {2: (0.5, -0.5, 1.25, -1.25), 3: (0.0, 0.625, -0.625, 1.5, -1.5)}
+"""Where the polynomials are evaluated, besides infinity: of those tried, the ones with the least error, half of that of
+the usual 0, 1, -1, 2, -2."""
+
+
+def _winograd_products(x: mx.array, weight: mx.array, transformed: mx.array) -> mx.array:
+    """Winograd's minimal filtering (Lavin & Gray, 2016): tiles of 4x4 outputs, (r + 3)^2 products for 16 r^2."""
+    N, H, W, C = x.shape
+    O, r = weight.shape[:2]
+    n = TILE + r - 1
+    rows, columns = -(-(H - r + 1) // TILE), -(-(W - r + 1) // TILE)
+    x = mx.pad(x, [(0, 0), (0, rows * TILE + r - 1 - H), (0, columns * TILE + r - 1 - W), (0, 0)])
+    inputs, _, outputs = _winograd_transforms(r)
+    tiles = mx.stack(
+        [x[:, i : i + rows * TILE : TILE, j : j + columns * TILE : TILE] for i, j in product(range(n), range(n))]
+    )
+    tiles = (inputs @ tiles.reshape(n * n, -1)).reshape(n * n, -1, C) @ transformed
+    tiles = (outputs @ tiles.reshape(n * n, -1)).reshape(TILE, TILE, N, rows, columns, O)
+    result = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(N, rows * TILE, columns * TILE, O)
+    return result[:, : H - r + 1, : W - r + 1]
+
+
+def _winograd_weights(weight: mx.array) -> mx.array:
+    """(O, r, r, C) -> ((r + 3)^2, C, O)."""
+    O, r, _, C = weight.shape
+    _, weights, _ = _winograd_transforms(r)
+    return (weights @ weight.transpose(1, 2, 3, 0).reshape(r * r, -1)).reshape(-1, C, O)
+
+
+@functools.cache
+def _winograd_transforms(r: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Of tiles of (r + 3)^2 inputs, of r^2 weights, and to 4^2 outputs, each a matrix.
+
+    To multiply polynomials is to multiply their values at enough points; a convolution is the transpose of that.
+    """
+    n = TILE + r - 1
+
+    def values(length: int) -> np.ndarray:
+        at_infinity = np.eye(length)[-1:]
+        return np.concatenate([np.vander(POINTS[r], length, increasing=True), at_infinity])
+
+    transforms = np.linalg.inv(values(n)).T, values(r), values(TILE).T
+    inputs, weights, outputs = (mx.array(np.kron(matrix, matrix).astype(np.float32)) for matrix in transforms)
+    return inputs, weights, outputs
+
+
+def _vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    x, weight, prepared = primals
+    N, H, W, C = x.shape
+    O, r = weight.shape[:2]
     turned = weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
-    x_gradient = _valid_conv(mx.pad(cotangent, edges), turned)
+    x_gradient = _convolution(turned)(_padded(cotangent, (r - 1, r - 1), (r - 1, r - 1)))
     pixels = x.reshape(-1, C)
-    count = _window_count(x, weight)
-    outputs = mx.pad(cotangent, [(0, 0), (0, h - 1), (0, w - 1), (0, 0)]).reshape(-1, O)[:count].T
-    taps = [outputs @ pixels[i * W + j :][:count] for i, j in product(range(h), range(w))]
-    return x_gradient, mx.stack(taps, axis=1).reshape(O, h, w, C)
+    count = (N * H - (r - 1)) * W - (r - 1)
+    outputs = _padded(cotangent, (0, r - 1), (0, r - 1)).reshape(-1, O)[:count].T
+    taps = [outputs @ pixels[i * W + j :][:count] for i, j in product(range(r), range(r))]
+    return x_gradient, mx.stack(taps, axis=1).reshape(O, r, r, C), mx.zeros_like(prepared)
 
 
-_valid_conv: Any = mx.custom_function(_shifted_products)
-_valid_conv.vjp(_shifted_products_vjp)
-
-
-def _window_count(x: mx.array, weight: mx.array) -> int:
-    """How many pixels of the flat picture a window can begin at, those that run over the right edge included."""
-    N, H, W, _ = x.shape
-    _, h, w, _ = weight.shape
-    return N * H * W - (h - 1) * W - (w - 1)
+_shifted_products: Any = mx.custom_function(_sum_of_shifted_products)
+_winograd: Any = mx.custom_function(_winograd_products)
+for _function in (_shifted_products, _winograd):
+    _function.vjp(_vjp)

@@ -1,20 +1,28 @@
 """What the blocks are made of: normalise-activate-convolve, upsample-convolve, downsample-convolve, attention.
 
-The only place that knows about backends and memory. Arrays are NHWC, convolution weights OHWI.
+The only place that chooses by backend. Arrays are NHWC, convolution weights OHWI. Each convolution comes in two forms:
+of a whole picture, and prepared (`convolution`, `upsampling`, `downsampling`), for many slabs of its rows.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vae import cpu
 from mlx_vae.config import NORM_EPS
+from mlx_vae.cpu import Convolution, Edges
 
-SCORES = 1 << 24
-"""Attention scores in a chunk: 64 MiB in float32. The backend runs a few chunks ahead."""
+SCORES = 1 << 22
+"""Attention scores in a chunk: 16 MiB in float32. The backend runs a few chunks ahead."""
+
+ARRAYS_AT_WORK = 11
+"""How many arrays of the largest size are in memory when a layer is computed whole. Measured on the CPU."""
 
 AttentionProcessor = Callable[[mx.array, mx.array, mx.array, float], mx.array]
 """f(q, k, v, scale) -> out, each array (N, heads, L, C)."""
@@ -29,53 +37,154 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
+# Convolutions
+
+
 def conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """A 3x3 convolution that keeps the size: (N, H, W, C) -> (N, H, W, O)."""
-    return cpu.conv3x3(x, conv.weight) + conv.bias if _on_cpu() else conv(x)
-
-
-def norm_silu_conv(norm: nn.GroupNorm, conv_: nn.Conv2d, x: mx.array) -> mx.array:
-    """conv(silu(norm(x))): (N, H, W, C) -> (N, H, W, O)."""
-    return conv(conv_, nn.silu(normalize(norm, x)))
+    return convolution(conv)(x, (1, 1))
 
 
 def upsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """Nearest-neighbour doubling, then a 3x3 convolution: (N, H, W, C) -> (N, 2H, 2W, O)."""
-    if _on_cpu():
-        return cpu.upsample_conv3x3(x, conv.weight) + conv.bias
-    N, H, W, C = x.shape
-    return conv(mx.broadcast_to(x[:, :, None, :, None], (N, H, 2, W, 2, C)).reshape(N, 2 * H, 2 * W, C))
+    return upsampling(conv)(x, (1, 1))
 
 
 def downsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """3x3 convolution of stride 2 that pads right and bottom only: (N, H, W, C) -> (N, H / 2, W / 2, O)."""
-    if _on_cpu():
-        return cpu.downsample_conv3x3(x, conv.weight) + conv.bias
-    return conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+    return downsampling(conv)(x, (0, 1))
 
 
-def normalize(norm: nn.GroupNorm, x: mx.array) -> mx.array:
-    """GroupNorm: (N, H, W, C) -> (N, H, W, C). Statistics and arithmetic are float32 whatever the dtype of x.
+def convolution(conv: nn.Conv2d) -> Convolution:
+    """A 3x3 convolution of rows (N, H, W, C) -> (N, H + edges - 2, W, O), the outermost rows only as neighbours.
 
-    The mean and the variance of each channel come first and combine into those of the groups (Chan et al., 1979):
-    var = mean_c(var_c + (mean_c - mean)^2), a sum of squares of small numbers, never E[x^2] - E[x]^2.
+    `edges` is how many rows of zeros to add above and below: 1 where the picture ends, 0 where it goes on.
     """
-    N, _, _, C = x.shape
-    grouped = (N, 1, 1, norm.num_groups, C // norm.num_groups)
-    h = x.astype(mx.float32)
-    channel_mean = _spatial_mean(h)  # (N, 1, 1, C)
-    channel_var = _spatial_mean(mx.square(h - channel_mean)).reshape(grouped)
-    channel_mean = channel_mean.reshape(grouped)
-    mean = mx.mean(channel_mean, axis=-1, keepdims=True)  # (N, 1, 1, groups, 1)
-    var = mx.mean(channel_var + mx.square(channel_mean - mean), axis=-1, keepdims=True)
-    mean = mx.broadcast_to(mean, grouped).reshape(N, 1, 1, C)
-    scale = mx.broadcast_to(mx.rsqrt(var + norm.eps), grouped).reshape(N, 1, 1, C) * norm.weight
-    return ((h - mean) * scale + norm.bias).astype(x.dtype)
+    if _on_cpu():
+        return _of_dtype(cpu.conv3x3(conv.weight), conv)
+    return lambda x, edges: _conv2d(conv, x, edges, (1, 1))
+
+
+def upsampling(conv: nn.Conv2d) -> Convolution:
+    """As `convolution`, of rows that are doubled first: (N, H, W, C) -> (N, 2 (H + edges - 2), 2W, O)."""
+    if _on_cpu():
+        return _of_dtype(cpu.upsample_conv3x3(conv.weight), conv)
+
+    def upsample(x: mx.array, edges: Edges) -> mx.array:
+        x = mx.pad(x, [(0, 0), edges, (0, 0), (0, 0)])
+        N, H, W, C = x.shape
+        doubled = mx.broadcast_to(x[:, :, None, :, None], (N, H, 2, W, 2, C)).reshape(N, 2 * H, 2 * W, C)
+        return _conv2d(conv, doubled[:, 1:-1], (0, 0), (1, 1))
+
+    return upsample
+
+
+def downsampling(conv: nn.Conv2d) -> Convolution:
+    """As `convolution`, of stride 2: (N, H, W, C) -> (N, (H + edges - 1) / 2, W / 2, O), `edges` (0, 0) or (0, 1)."""
+    if _on_cpu():
+        return _of_dtype(cpu.downsample_conv3x3(conv.weight), conv)
+    return lambda x, edges: _conv2d(conv, x, edges, (0, 1))
+
+
+def _of_dtype(convolve: Convolution, conv: nn.Conv2d) -> Convolution:
+    """`convolve`, which is float32, with the bias and in the dtype of the layer."""
+    return lambda x, edges: (convolve(x, edges) + conv.bias).astype(conv.weight.dtype)
+
+
+def _conv2d(conv: nn.Conv2d, x: mx.array, rows: Edges, columns: Edges) -> mx.array:
+    x = x.astype(conv.weight.dtype)
+    if rows == columns == (1, 1):
+        return mx.conv2d(x, conv.weight, conv.stride, padding=1) + conv.bias
+    return mx.conv2d(mx.pad(x, [(0, 0), rows, columns, (0, 0)]), conv.weight, conv.stride) + conv.bias
+
+
+# Normalisation
+
+
+class Moments(NamedTuple):
+    """Of so many pixels: each channel's mean and sum of squared deviations from it, (N, 1, 1, C) in float32."""
+
+    pixels: int
+    mean: mx.array
+    deviation: mx.array
+
+
+def moments(x: mx.array) -> Moments:
+    """Of rows (N, H, W, C)."""
+    _, H, W, _ = x.shape
+    x = x.astype(mx.float32)
+    mean = _spatial_mean(x)
+    x = x - mean
+    return Moments(H * W, mean, _spatial_mean(x * x) * (H * W))
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """The moments of both parts together (Chan, Golub & LeVeque, 1979)."""
+    pixels = first.pixels + second.pixels
+    difference = second.mean - first.mean
+    between = difference * difference * (first.pixels * second.pixels / pixels)
+    mean = first.mean + difference * (second.pixels / pixels)
+    return Moments(pixels, mean, first.deviation + second.deviation + between)
 
 
 def _spatial_mean(x: mx.array) -> mx.array:
     """(N, H, W, C) -> (N, 1, 1, C), rows first: a single running sum over H * W would lose digits in float32."""
     return mx.mean(mx.mean(x, axis=2, keepdims=True), axis=1, keepdims=True)
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv_: nn.Conv2d, x: mx.array) -> mx.array:
+    """conv(silu(norm(x))): (N, H, W, C) -> (N, H, W, O)."""
+    read(norm, x)
+    return conv(conv_, activation(norm, [moments(x)])(x))
+
+
+def normalize(norm: nn.GroupNorm, x: mx.array) -> mx.array:
+    """GroupNorm: (N, H, W, C) -> (N, H, W, C)."""
+    read(norm, x)
+    return normalization(norm, [moments(x)])(x)
+
+
+def normalization(norm: nn.GroupNorm, parts: Sequence[Moments]) -> Callable[[mx.array], mx.array]:
+    """The GroupNorm of a picture whose parts have these moments, of its rows (N, H, W, C)."""
+    scale, shift = _scale_and_shift(norm, parts)
+    return lambda x: (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+def activation(norm: nn.GroupNorm, parts: Sequence[Moments]) -> Callable[[mx.array], mx.array]:
+    """As `normalization`, and SiLU. What follows is a convolution, which takes any dtype."""
+    scale, shift = _scale_and_shift(norm, parts)
+    if _on_cpu():
+        return lambda x: cpu.silu(x.astype(mx.float32) * scale + shift)
+    return lambda x: _normalize_silu(x, scale, shift)
+
+
+@partial(mx.compile, shapeless=True)
+def _normalize_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    y = x.astype(mx.float32) * scale + shift
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+def _scale_and_shift(norm: nn.GroupNorm, parts: Sequence[Moments]) -> tuple[mx.array, mx.array]:
+    """What a GroupNorm multiplies each channel by, and then adds: (N, 1, 1, C) in float32.
+
+    The moments of the channels combine into those of the groups, var = mean_c(var_c + (mean_c - mean)^2): a sum of
+    squares of small numbers, never E[x^2] - E[x]^2.
+    """
+    pixels, mean, deviation = reduce(merge, parts)
+    N, _, _, C = mean.shape
+    grouped = (N, 1, 1, norm.num_groups, C // norm.num_groups)
+    channel_mean, channel_var = mean.reshape(grouped), deviation.reshape(grouped) / pixels
+    mean = mx.mean(channel_mean, axis=-1, keepdims=True)
+    var = mx.mean(channel_var + mx.square(channel_mean - mean), axis=-1, keepdims=True)
+    scale = mx.broadcast_to(mx.rsqrt(var + norm.eps), grouped).reshape(N, 1, 1, C) * norm.weight.astype(mx.float32)
+    return scale, norm.bias - mx.broadcast_to(mean, grouped).reshape(N, 1, 1, C) * scale
+
+
+def read(norm: nn.GroupNorm, x: mx.array) -> None:
+    """Is called with all that a GroupNorm reads, rows (N, H, W, C): `precision.watching_norms` puts its own here."""
+
+
+# Attention
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -85,9 +194,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     queries come in chunks, in turn, of SCORES scores each.
     """
     N, heads, L, _ = q.shape
-    rows = max(1, SCORES // (N * heads * L))
+    rows = max(1, SCORES // (N * heads * k.shape[2]))
 
     def attend(q: mx.array) -> mx.array:
+        if _on_cpu():
+            return cpu.attention(q, k, v, scale)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
 
     if rows >= L:
@@ -106,6 +217,40 @@ def in_turn(run: Callable[[mx.array], mx.array], inputs: Sequence[mx.array]) -> 
 def _after(x: mx.array, before: mx.array) -> mx.array:
     """x, but computed after `before`: what `mx.depends` does, which can't be vmapped (MLX 0.32)."""
     return mx.where(before.reshape(-1)[0] > 0, x, x)
+
+
+# The machine
+
+
+def streams() -> list[mx.Stream]:
+    """What computes slabs side by side: as many streams as this process has CPU cores, 8 at most; one on a GPU."""
+    return _cpu_streams() if _on_cpu() else [mx.default_stream(mx.default_device())]
+
+
+def slabs_at_work() -> int:
+    """How many slabs in float32 are in memory at once, with all that is computed on the way (measured on the CPU)."""
+    return 6 * len(streams()) + 9 if _on_cpu() else 2 * ARRAYS_AT_WORK
+
+
+def largest_slab() -> int:
+    """How many numbers a slab may have. Measured on the CPU: there larger ones leave the caches."""
+    return 1 << 20 if _on_cpu() else 1 << 30
+
+
+def memory_size() -> int:
+    """Bytes that the device reports."""
+    if _on_cpu():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = mx.device_info()
+    return int(
+        next(info[key] for key in ("max_recommended_working_set_size", "total_memory", "memory_size") if key in info)
+    )
+
+
+@cache
+def _cpu_streams() -> list[mx.Stream]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [mx.new_stream(mx.Device(mx.cpu)) for _ in range(min(8, cores))]
 
 
 def _on_cpu() -> bool:

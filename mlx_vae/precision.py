@@ -256,14 +256,9 @@ def in_bfloat16(vae: AutoencoderKL, run: Callable[[mx.array], mx.array], x: mx.a
 def watching_norms(vae: nn.Module, watch: Callable[[str, mx.array], None]) -> Iterator[None]:
     """Calls `watch(name, x)` with what each GroupNorm reads (N, H, W, C), as long as the block runs."""
     names = {id(module): name for name, module in vae.named_modules() if isinstance(module, nn.GroupNorm)}
-    normalize = layers.normalize
-
-    def watched(norm: nn.GroupNorm, x: mx.array) -> mx.array:
-        watch(names[id(norm)], x)
-        return normalize(norm, x)
-
-    layers.normalize = watched
+    read = layers.read
+    layers.read = lambda norm, x: watch(names[id(norm)], x)
     try:
         yield
     finally:
-        layers.normalize = normalize
+        layers.read = read

@@ -1,0 +1,209 @@
+"""Encoder and Decoder by slabs of rows: the whole picture's result, to rounding, in a fraction of the memory.
+
+Between two GroupNorms every operation is local. So a picture is a list of slabs of its rows, and each
+normalise-activate-convolve goes over it slab by slab, with the neighbouring rows, while it gathers the moments that the
+next GroupNorm needs. A slab is given up as soon as nothing is left to read it: what remains is one tensor for the
+residual stream and one for the branch, the least that an exact GroupNorm allows without computing anything twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vae import blas, layers
+from mlx_vae.blocks import AttentionBlock, Downsample, ResnetBlock, Upsample
+from mlx_vae.layers import Edges, Moments
+from mlx_vae.memory import Plan
+
+Compute = Callable[[int, int], tuple[mx.array, ...]]
+"""f(top, bottom) -> what a slab of these rows is."""
+
+
+def run(half: nn.Module, x: mx.array, plan: Plan, progress: Callable[[float], object] | None = None) -> mx.array:
+    """half(x), for an Encoder or a Decoder and one picture (1, H, W, C), in the sweeps of a plan for it.
+
+    `progress` is called with the share of the work that has been done since it was last called.
+    """
+    with blas.single_threaded():
+        return _Run(half, plan, progress)(x)
+
+
+@dataclass
+class Picture:
+    """Rows (N, H, W, C) as slabs, from the top down, and the moments of each slab if a GroupNorm is to read them."""
+
+    height: int
+    slabs: list[mx.array]
+    moments: list[Moments] = field(default_factory=list)
+    top: int = 0
+    """The first row that is still there."""
+
+    @classmethod
+    def of(cls, parts: list[tuple[mx.array, ...]]) -> Picture:
+        """Of (slab, mean, deviation) each, or just (slab,)."""
+        slabs = [part[0] for part in parts]
+        moments = [Moments(slab.shape[1] * slab.shape[2], *rest) for slab, *rest in parts if rest]
+        return cls(sum(slab.shape[1] for slab in slabs), slabs, moments)
+
+    def window(self, top: int, bottom: int) -> tuple[mx.array, Edges]:
+        """Rows top to bottom, and how many of these lie outside of the picture, above and below it."""
+        edges = max(0, -top), max(0, bottom - self.height)
+        parts, start = [], self.top
+        for slab in self.slabs:
+            end = start + slab.shape[1]
+            if start < bottom and top < end:
+                parts.append(slab[:, max(0, top - start) : bottom - start])
+            start = end
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1), edges
+
+    def give_up(self, row: int) -> None:
+        """Lets go of the slabs that lie above a row."""
+        while self.slabs and self.top + self.slabs[0].shape[1] <= row:
+            self.top += self.slabs.pop(0).shape[1]
+
+
+class _Run:
+    """Each step takes a picture, which it gives up, and makes another in one or two sweeps, the plan's next."""
+
+    def __init__(self, half: nn.Module, plan: Plan, progress: Callable[[float], object] | None) -> None:
+        self.half = half
+        self.slab = plan.slab
+        self.sweeps = iter(plan.sweeps)
+        self.products = sum(sweep.products for sweep in plan.sweeps)
+        self.progress = progress
+
+    def __call__(self, x: mx.array) -> mx.array:
+        steps: dict[type[nn.Module], Callable[[Any, Picture], Picture]] = {
+            AttentionBlock: self._attention,
+            Downsample: self._downsample,
+            ResnetBlock: self._resnet,
+            Upsample: self._upsample,
+        }
+        half = self.half
+        picture = self._conv_in(half.conv_in, Picture.of([(x,)]))
+        for step in half.steps():
+            picture = steps[type(step)](step, picture)
+        return mx.concatenate(self._conv_out(half.conv_norm_out, half.conv_out, picture), axis=1)
+
+    def _sweep(self, compute: Compute, at_once: bool = False) -> list[tuple[mx.array, ...]]:
+        """The results for every slab, on streams side by side, of which only the newest are still at work."""
+        sweep = next(self.sweeps)
+        rows = sweep.height if at_once else sweep.rows(self.slab)
+        streams, results = layers.streams(), []
+        for i, top in enumerate(range(0, sweep.height, rows)):
+            bottom = min(top + rows, sweep.height)
+            with mx.stream(streams[i % len(streams)]):
+                results.append(compute(top, bottom))
+            mx.async_eval(*results[-1])
+            if i >= len(streams):
+                mx.eval(*results[i - len(streams)])
+            if self.progress:
+                self.progress(sweep.products / self.products * (bottom - top) / sweep.height)
+        mx.eval(results)
+        return results
+
+    def _conv_in(self, conv: nn.Conv2d, x: Picture) -> Picture:
+        convolve = layers.convolution(conv)
+        return Picture.of(self._sweep(lambda top, bottom: _with_moments(convolve(*x.window(top - 1, bottom + 1)))))
+
+    def _conv_out(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Picture) -> list[mx.array]:
+        activate, convolve = _activation(norm, x), layers.convolution(conv)
+
+        def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
+            window, edges = x.window(top - 1, bottom + 1)
+            x.give_up(bottom - 1)
+            return (convolve(activate(window), edges),)
+
+        return Picture.of(self._sweep(compute)).slabs
+
+    def _resnet(self, block: ResnetBlock, x: Picture) -> Picture:
+        shortcut = block.get("conv_shortcut")
+        activate, convolve = _activation(block.norm1, x), layers.convolution(block.conv1)
+
+        def first(top: int, bottom: int) -> tuple[mx.array, ...]:
+            window, edges = x.window(top - 1, bottom + 1)
+            h = _with_moments(convolve(activate(window), edges))
+            if shortcut is None:
+                return h
+            x.give_up(bottom - 1)
+            above = 1 - edges[0]
+            return *h, shortcut(window[:, above : above + bottom - top])
+
+        parts = self._sweep(first)
+        h = Picture.of([part[:3] for part in parts])
+        if shortcut is not None:
+            x = Picture.of([part[3:] for part in parts])
+        del parts
+        activate, convolve = _activation(block.norm2, h), layers.convolution(block.conv2)
+
+        def second(top: int, bottom: int) -> tuple[mx.array, ...]:
+            window, edges = h.window(top - 1, bottom + 1)
+            residual, _ = x.window(top, bottom)
+            h.give_up(bottom - 1)
+            x.give_up(bottom)
+            return _with_moments(residual + convolve(activate(window), edges))
+
+        return Picture.of(self._sweep(second))
+
+    def _attention(self, block: AttentionBlock, x: Picture) -> Picture:
+        _read(block.group_norm, x)
+        normalize = layers.normalization(block.group_norm, x.moments)
+
+        def tokens(rows: mx.array) -> mx.array:
+            N, H, W, C = rows.shape
+            return normalize(rows).reshape(N, 1, H * W, C)
+
+        def project(top: int, bottom: int) -> tuple[mx.array, ...]:
+            h = tokens(x.window(top, bottom)[0])
+            return block.to_k(h), block.to_v(h)
+
+        k, v = (mx.concatenate(list(parts), axis=2) for parts in zip(*self._sweep(project), strict=True))
+        mx.eval(k, v)
+
+        def attend(top: int, bottom: int) -> tuple[mx.array, ...]:
+            residual, _ = x.window(top, bottom)
+            x.give_up(bottom)
+            h = block.processor(block.to_q(tokens(residual)), k, v, k.shape[-1] ** -0.5)
+            return _with_moments(residual + block.to_out[0](h).reshape(residual.shape))
+
+        return Picture.of(self._sweep(attend, at_once=block.processor is not layers.attention))
+
+    def _upsample(self, step: Upsample, x: Picture) -> Picture:
+        convolve = layers.upsampling(step.conv)
+
+        def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
+            window, edges = x.window(top - 1, bottom + 1)
+            x.give_up(bottom - 1)
+            return _with_moments(convolve(window, edges))
+
+        return Picture.of(self._sweep(compute))
+
+    def _downsample(self, step: Downsample, x: Picture) -> Picture:
+        convolve = layers.downsampling(step.conv)
+
+        def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
+            window, edges = x.window(2 * top, 2 * bottom + 1)
+            x.give_up(2 * bottom)
+            return _with_moments(convolve(window, edges))
+
+        return Picture.of(self._sweep(compute))
+
+
+def _with_moments(slab: mx.array) -> tuple[mx.array, ...]:
+    _, mean, deviation = layers.moments(slab)
+    return slab, mean, deviation
+
+
+def _activation(norm: nn.GroupNorm, x: Picture) -> Callable[[mx.array], mx.array]:
+    _read(norm, x)
+    return layers.activation(norm, x.moments)
+
+
+def _read(norm: nn.GroupNorm, x: Picture) -> None:
+    for slab in x.slabs:
+        layers.read(norm, slab)
