@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vae import cli
+from mlx_vae import cli, memory
 from mlx_vae.autoencoder import AutoencoderKL
 from mlx_vae.config import FAMILIES
 from mlx_vae.convert.families import ANY
@@ -18,6 +18,7 @@ from mlx_vae.images import check_image_path, save_image
 from mlx_vae.inputs import Input, find_inputs
 from mlx_vae.latents import ENDINGS, Latents, load_latents
 
+PROGRESS = "{percentage:3.0f}%|{bar}| {n:.2g} of {total} pictures [{elapsed}<{remaining}]"
 FORMATS = ("png", "jpg", "webp", "tiff")
 
 
@@ -34,6 +35,7 @@ def decode_files(
     quality: int = 95,
     lossless: bool = False,
     family: str | None = None,
+    max_memory: str | int | None = None,
 ) -> list[Path]:
     """Decodes latent files, and those in folders, and returns the paths of the pictures, one for each latent of a file.
 
@@ -43,7 +45,8 @@ def decode_files(
 
     What a file says of its model and scaling holds unless `model` (with `family`, as `from_pretrained` takes them) and
     `scaled` say otherwise; a file that says nothing of its scaling is taken as scaled, with a notice. `layout` is that
-    of files that don't say ("nchw" or "nhwc").
+    of files that don't say ("nchw" or "nhwc"). `tile` and `max_memory` ("4GB") are for large pictures: blended tiles,
+    and exact slabs, as `AutoencoderKL.enable_tiling` and `AutoencoderKL.decode` have them.
 
     Raises ValueError for a user's mistake, before anything is written.
     """
@@ -51,6 +54,9 @@ def decode_files(
     check_image_path(f"a.{format}" if into_folder else output, bits)
     if not 1 <= quality <= 100:
         raise ValueError(f"a quality of {quality}; wanted 1 to 100")
+    if tile and max_memory is not None:
+        raise ValueError("tile and max_memory exclude each other: tiles are approximate, max_memory is exact")
+    limit = None if max_memory is None else memory.parse(max_memory)
     inputs = find_inputs(sources, ENDINGS)
     models: dict[tuple[str, str | None], AutoencoderKL] = {}
     pictures: list[tuple[AutoencoderKL, dict[str, str], Latents, mx.array]] = []
@@ -76,16 +82,22 @@ def decode_files(
             cli.notice(f"{source}: does not say whether it is scaled; taken as scaled (if it is not: --unscaled)")
         if is_scaled:
             z = vae.unscale(z.astype(mx.float32))
+        try:
+            memory.plan(vae.decoder, (1, *z.shape[1:]), vae.dtype.size, limit)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         record = {"model": name, "source": latents.record.get("source", source.name)}
         pictures += [(vae, record, latents, z[i : i + 1]) for i in range(z.shape[0])]
         counts.append(z.shape[0])
 
     output = Path(output)
     targets = _in_folder(output, inputs, counts, format) if into_folder else _numbered(output, sum(counts))
-    for (vae, record, latents, z), target in zip(tqdm(pictures, unit="picture", disable=None), targets, strict=True):
-        x = vae.decode(z).sample[0][: latents.height, : latents.width]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_image(target, x, bits, quality, lossless, record)
+    with tqdm(total=len(pictures), bar_format=PROGRESS, disable=None) as bar:
+        for done, ((vae, record, latents, z), target) in enumerate(zip(pictures, targets, strict=True), start=1):
+            x = vae.decode(z, max_memory=limit, progress=bar.update).sample[0][: latents.height, : latents.width]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_image(target, x, bits, quality, lossless, record)
+            bar.update(done - bar.n)
     return targets
 
 
@@ -128,7 +140,9 @@ def configure_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--unscaled", dest="scaled", action="store_false", help="latents as the encoder gives them")
     parser.add_argument("--layout", choices=("nchw", "nhwc"), help="axis order of files that do not say theirs")
     parser.add_argument("--dtype", choices=tuple(cli.DTYPES), default="float32")
-    parser.add_argument("--tile", action="store_true", help="decode by blended tiles: less memory, approximate")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument("--max-memory", metavar="SIZE", help="such as 4GB, besides the weights: slower at worst, exact")
+    memory.add_argument("--tile", action="store_true", help="decode by blended tiles: less memory, approximate")
     parser.add_argument("--format", choices=FORMATS, default="png", help="kind of the pictures in a folder (png)")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="bits a channel; 16 for .png (8)")
     parser.add_argument("--quality", type=int, default=95, metavar="1-100", help="of .jpg and .webp (95)")
@@ -154,6 +168,7 @@ def _decode(arguments: argparse.Namespace) -> None:
         arguments.quality,
         arguments.lossless,
         arguments.family,
+        arguments.max_memory,
     )
     for picture in pictures:
         print(picture)

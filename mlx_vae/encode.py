@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
-from mlx_vae import cli
+from mlx_vae import cli, memory
 from mlx_vae.autoencoder import AutoencoderKL
 from mlx_vae.config import FAMILIES
 from mlx_vae.convert.families import ANY, family_of
@@ -59,7 +59,8 @@ class Settings:
 
     `seed` is None for the mode of the posterior; otherwise it is sampled, with noise that depends on the seed and on
     the name of the picture. `background`, `resize` and `max_side` are those of `images.load_image`. `batch_size` is the
-    most pictures that go through the model together; `tile` has large ones go through it by blended tiles.
+    most pictures that go through the model together. For large ones, `tile` has them go through it by blended tiles,
+    and `max_memory` ("4GB") limits what that takes besides the weights, exactly, as in `AutoencoderKL.encode`.
 
     Raises ValueError for values that make no sense.
     """
@@ -72,6 +73,7 @@ class Settings:
     resize: tuple[int, int] | None = None
     max_side: int | None = None
     tile: bool = False
+    max_memory: str | int | None = None
 
     def __post_init__(self) -> None:
         ImageColor.getrgb(self.background)
@@ -80,9 +82,13 @@ class Settings:
             raise ValueError("a size of a picture or of a batch must be 1 or more")
         if self.resize is not None and self.max_side is not None:
             raise ValueError("resize and max_side exclude each other")
+        if self.tile and self.max_memory is not None:
+            raise ValueError("tile and max_memory exclude each other: tiles are approximate, max_memory is exact")
+        if self.max_memory is not None:
+            memory.parse(self.max_memory)
 
     def record(self) -> dict[str, str]:
-        """As strings, for the metadata of a latent file: all but the batch size, which changes rounding alone."""
+        """As strings, for the metadata of a latent file: all but batch size and memory, which change rounding alone."""
         return {
             "posterior": "mode" if self.seed is None else f"sample, seed {self.seed}",
             "dtype": str(self.dtype).removeprefix("mlx.core."),
@@ -312,7 +318,12 @@ class _Run:
         images = [self._padded(self._load(entry.job)) if entry.values is None else entry.values for entry in batch]
         x = np.stack(images)
         start = time.perf_counter()
-        moments = self.vae.encode(mx.array(x)).latent_dist.moments
+        try:
+            moments = self.vae.encode(mx.array(x), max_memory=self.settings.max_memory).latent_dist.moments
+        except ValueError as error:
+            for entry in batch:
+                self.report.fail(f"{entry.job.picture.path}: {error}")
+            return
         mx.eval(moments)
         self.report.model_seconds += time.perf_counter() - start
         for i, entry in enumerate(batch):
@@ -432,7 +443,9 @@ def configure_parser() -> argparse.ArgumentParser:
     size.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
     parser.add_argument("--background", default="white", help="colour behind transparent pictures: a name or #rrggbb")
     parser.add_argument("--dtype", choices=tuple(cli.DTYPES), default="float32")
-    parser.add_argument("--tile", action="store_true", help="encode by blended tiles: less memory, approximate")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument("--max-memory", metavar="SIZE", help="such as 4GB, besides the weights: slower at worst, exact")
+    memory.add_argument("--tile", action="store_true", help="encode by blended tiles: less memory, approximate")
     parser.add_argument("--batch-size", type=int, default=8, help="most pictures of one size to encode together (8)")
     return parser
 
@@ -453,6 +466,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         resize=arguments.resize,
         max_side=arguments.max_side,
         tile=arguments.tile,
+        max_memory=arguments.max_memory,
     )
     report = encode_files(arguments.pictures, arguments.output, arguments.model, settings, arguments.family)
     for failure in report.failures:

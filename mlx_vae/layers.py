@@ -6,7 +6,9 @@ of a whole picture, and prepared (`convolution`, `upsampling`, `downsampling`), 
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from typing import NamedTuple
@@ -245,6 +247,17 @@ def memory_size() -> int:
     return int(
         next(info[key] for key in ("max_recommended_working_set_size", "total_memory", "memory_size") if key in info)
     )
+
+
+def return_memory() -> None:
+    """Gives the system back what has been freed. glibc's malloc keeps it, in pieces that other sizes don't fit into."""
+    if _on_cpu() and _malloc_trim:
+        _malloc_trim(0)
+
+
+_malloc_trim: Callable[[int], int] | None = (
+    getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+)
 
 
 @cache

@@ -20,6 +20,8 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 SLAB_SIZES = [1 << bits for bits in range(30, 17, -1)]
 """Numbers in a slab, from the largest that is worth trying to the least."""
+OVERHEAD = 32 << 20
+"""What the BLAS takes for itself, and what is lost between allocations."""
 LEAST_ROWS = 4
 """Of a slab that is convolved: the rows above and below it are computed with it, and Winograd's tiles are as high."""
 
@@ -37,6 +39,7 @@ class Sweep:
 
     The rest are counts of numbers: a row reads or writes `row`, whichever are more; all of them write `written`; `kept`
     are stored meanwhile; `prepared` are the weights, made ready; `products` is how many multiplications it takes.
+    A slab has `least_rows` or more, is computed with `halo` neighbouring rows, and in chunks no larger than `chunk`.
     """
 
     height: int
@@ -46,6 +49,8 @@ class Sweep:
     prepared: int
     products: int
     least_rows: int = LEAST_ROWS
+    halo: int = 2
+    chunk: int = 1 << 62
 
     def rows(self, slab: int) -> int:
         """How many rows a slab of so many numbers has."""
@@ -53,7 +58,8 @@ class Sweep:
 
     def peak(self, rows: int, at_work: int, itemsize: int) -> int:
         """Bytes, with slabs of so many rows `at_work` times in memory in float32; what is kept has its `itemsize`."""
-        return self.kept * itemsize + 4 * (self.prepared + at_work * (rows + 2) * self.row)
+        at_once = min((rows + self.halo) * self.row, self.chunk)
+        return self.kept * itemsize + 4 * (self.prepared + at_work * at_once)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Plan:
         """Bytes, for N pictures one after the other: at the end there are all results, and all of them together."""
         results = 2 * N * self.sweeps[-1].written * itemsize
         slabs = [sweep.peak(sweep.rows(self.slab), layers.slabs_at_work(), itemsize) for sweep in self.sweeps]
-        return max(slabs) + results
+        return OVERHEAD + max(slabs) + results
 
 
 def needed(half: nn.Module, shape: tuple[int, ...], itemsize: int) -> Memory:
@@ -115,17 +121,18 @@ def _sweeps(half: nn.Module, height: int, width: int) -> Iterator[Sweep]:
             yield _convolution(step.conv2, height, width, kept=2 * channels)
         elif isinstance(step, AttentionBlock):
             pixels = height * width
-            numbers, scores = pixels * channels, min(pixels * width, layers.SCORES)
-            yield Sweep(height, 3 * width * channels, 2 * numbers, 5 * numbers, 0, 2 * numbers * channels)
-            yield Sweep(height, scores, numbers, 3 * numbers, 0, 2 * numbers * (channels + pixels), least_rows=1)
+            numbers, products = pixels * channels, 2 * pixels * channels**2
+            yield Sweep(height, 3 * width * channels, 2 * numbers, 5 * numbers, 0, products, halo=0)
+            products += 2 * pixels * numbers
+            yield Sweep(height, width * pixels, numbers, 3 * numbers, 0, products, 1, halo=0, chunk=layers.SCORES)
         elif isinstance(step, Upsample):
             height, width = 2 * height, 2 * width
             sweep = _convolution(step.conv, height, width, kept=channels)
-            yield replace(sweep, height=height // 2, row=2 * sweep.row)
+            yield replace(sweep, height=height // 2, prepared=3 * sweep.prepared)
         else:
             height, width = height // 2, width // 2
             sweep = _convolution(step.conv, height, width, kept=4 * channels)
-            yield replace(sweep, row=4 * sweep.row)
+            yield replace(sweep, row=4 * sweep.row, prepared=3 * sweep.prepared)
     yield _convolution(half.conv_out, height, width, kept=channels)
 
 

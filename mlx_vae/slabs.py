@@ -102,6 +102,7 @@ class _Run:
             mx.async_eval(*results[-1])
             if i >= len(streams):
                 mx.eval(*results[i - len(streams)])
+                layers.return_memory()
             if self.progress:
                 self.progress(sweep.products / self.products * (bottom - top) / sweep.height)
         mx.eval(results)
