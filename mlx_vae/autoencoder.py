@@ -240,8 +240,8 @@ class AutoencoderKL(nn.Module):
 
         `max_memory` is how much decoding may take besides the weights, in bytes or as "4GB", for the same pictures, to
         rounding: they are computed one by one, by slabs of rows (see `slabs`). Without it a GPU computes whole what
-        fits into half of its memory, and a CPU takes the slabs that are fastest there. `progress` is called again and
-        again with the share of the work that has been done since.
+        fits into half of its memory, and a CPU takes the slabs that are fastest there. `progress` is called after each
+        slab with the share of the work that has been done, up to 1.
 
         Raises ValueError for anything but a floating-point array of that shape, and for a limit that is less than
         `decode_memory(z.shape).least`.
@@ -323,10 +323,17 @@ class AutoencoderKL(nn.Module):
         """half(x), whole or by slabs."""
         limit = None if max_memory is None else memory.parse(max_memory)
         plan = memory.plan(half, x.shape, self.dtype.size, limit)
-        if plan is None or not _can_be_evaluated(x, limit):
+        if plan is None:
             return half(x)
-        share = None if progress is None else lambda part: progress(part / len(x))
-        return mx.concatenate([slabs.run(half, x[i : i + 1], plan, share) for i in range(len(x))])
+        try:
+            mx.async_eval(x, half.parameters())
+        except ValueError:
+            if limit is None:
+                return half(x)
+            raise ValueError(
+                f"max_memory is {memory.describe(limit)}: mx.grad, mx.compile and mx.vmap can't keep to it"
+            ) from None
+        return slabs.run(half, x, plan, progress)
 
     def _check_exact(self, max_memory: str | int | None) -> None:
         if max_memory is not None:
@@ -417,17 +424,6 @@ class AutoencoderKL(nn.Module):
 
     def set_default_attn_processor(self) -> None:
         self.set_attn_processor(layers.attention)
-
-
-def _can_be_evaluated(x: mx.array, limit: int | None) -> bool:
-    """Whether x has values yet, as slabs need. Raises ValueError if not and there is a limit to keep."""
-    try:
-        mx.eval(x)
-    except ValueError:
-        if limit is None:
-            return False
-        raise ValueError("max_memory can't be kept inside of mx.compile and mx.vmap: leave it out there") from None
-    return True
 
 
 def _output(kind: Callable[[Any], Any], value: object, return_dict: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx_vae.images import check_image_path, save_image
 from mlx_vae.inputs import Input, find_inputs
 from mlx_vae.latents import ENDINGS, Latents, load_latents
 
-PROGRESS = "{percentage:3.0f}%|{bar}| {n:.2g} of {total} pictures [{elapsed}<{remaining}]"
+PROGRESS = "{percentage:3.0f}%|{bar}| {n:.1f} of {total} pictures [{elapsed}<{remaining}]"
 FORMATS = ("png", "jpg", "webp", "tiff")
 
 
@@ -94,11 +95,17 @@ def decode_files(
     targets = _in_folder(output, inputs, counts, format) if into_folder else _numbered(output, sum(counts))
     with tqdm(total=len(pictures), bar_format=PROGRESS, disable=None) as bar:
         for done, ((vae, record, latents, z), target) in enumerate(zip(pictures, targets, strict=True), start=1):
-            x = vae.decode(z, max_memory=limit, progress=bar.update).sample[0][: latents.height, : latents.width]
+            show = partial(_show, bar, done - 1)
+            x = vae.decode(z, max_memory=limit, progress=show).sample[0][: latents.height, : latents.width]
             target.parent.mkdir(parents=True, exist_ok=True)
             save_image(target, x, bits, quality, lossless, record)
-            bar.update(done - bar.n)
+            show(1.0)
     return targets
+
+
+def _show(bar: tqdm, done: int, share: float) -> None:
+    """So many pictures, and a share of the next."""
+    bar.update(done + share - bar.n)
 
 
 def _in_folder(folder: Path, inputs: Sequence[Input], counts: Sequence[int], format: str) -> list[Path]:

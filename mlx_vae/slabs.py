@@ -25,12 +25,20 @@ Compute = Callable[[int, int], tuple[mx.array, ...]]
 
 
 def run(half: nn.Module, x: mx.array, plan: Plan, progress: Callable[[float], object] | None = None) -> mx.array:
-    """half(x), for an Encoder or a Decoder and one picture (1, H, W, C), in the sweeps of a plan for it.
+    """half(x), for an Encoder or a Decoder, picture by picture in the sweeps of a plan for x (N, H, W, C).
 
-    `progress` is called with the share of the work that has been done since it was last called.
+    `progress` is called after each slab with the share of the work that has been done, up to 1.
     """
+    pictures: list[mx.array] = []
+
+    def share(done: float) -> None:
+        if progress:
+            progress((len(pictures) + done) / len(x))
+
     with blas.single_threaded():
-        return _Run(half, plan, progress)(x)
+        for i in range(len(x)):
+            pictures.append(_Run(half, plan, share)(x[i : i + 1]))
+    return mx.concatenate(pictures)
 
 
 @dataclass
@@ -70,11 +78,12 @@ class Picture:
 class _Run:
     """Each step takes a picture, which it gives up, and makes another in one or two sweeps, the plan's next."""
 
-    def __init__(self, half: nn.Module, plan: Plan, progress: Callable[[float], object] | None) -> None:
+    def __init__(self, half: nn.Module, plan: Plan, progress: Callable[[float], object]) -> None:
         self.half = half
         self.slab = plan.slab
         self.sweeps = iter(plan.sweeps)
-        self.products = sum(sweep.products for sweep in plan.sweeps)
+        self.products = sum(sweep.products // sweep.height * sweep.height for sweep in plan.sweeps)
+        self.done = 0
         self.progress = progress
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -103,8 +112,8 @@ class _Run:
             if i >= len(streams):
                 mx.eval(*results[i - len(streams)])
                 layers.return_memory()
-            if self.progress:
-                self.progress(sweep.products / self.products * (bottom - top) / sweep.height)
+            self.done += sweep.products // sweep.height * (bottom - top)
+            self.progress(self.done / self.products)
         mx.eval(results)
         return results
 
