@@ -16,6 +16,8 @@ from models import SMALL, random_images, random_latents, random_model
 from pictures import random_picture
 from PIL import Image
 
+from mlx_vae.latents import Latents, save_latents
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -246,3 +248,27 @@ def test_benchmark_table() -> None:
         "decode 64 ours 2.000 1.000 9.000 1.00 1.50 1.00 -",
         "decode 64 other 5.000 4.000 6.000 2.50 1.50 1.00 -",
     ]
+
+
+def test_plot_seams(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    plot_seams = example("plot_seams")
+    save_latents(
+        tmp_path / "large.safetensors", Latents(random_latents((1, 5, 9, 4)), scaled=True, height=20, width=36)
+    )
+    save_latents(
+        tmp_path / "small.safetensors", Latents(random_latents((1, 4, 3, 4)), scaled=True, height=16, width=12)
+    )
+    for latents in ([], ["--latents", str(tmp_path / "large.safetensors")]):
+        assert plot_seams.main([str(tmp_path / "seams.png"), "--model", model, *latents]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "tiles of 16 px: the largest" in lines[0]
+        assert "of 255 levels" in lines[0]
+        assert "of a level" in lines[1]
+        with Image.open(tmp_path / "seams.png") as picture:
+            assert picture.mode == "P"
+        (tmp_path / "seams.png").unlink()
+    arguments = [str(tmp_path / "seams.png"), "--model", model, "--latents", str(tmp_path / "small.safetensors")]
+    assert plot_seams.main(arguments) == 2
+    assert "fits into a tile of 16 px" in capsys.readouterr().err
+    assert not (tmp_path / "seams.png").exists()
