@@ -35,6 +35,7 @@ import mlx_vae  # isort: skip  (before mlx: see mlx_vae/blas.py)
 import argparse
 import ast
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -257,6 +258,8 @@ def benchmark(arguments: argparse.Namespace) -> int:
         return 0
     vae_config = convert.open_pretrained(arguments.model).config if arguments.model else FAMILIES["sd"]
     adapters = find_adapters(arguments.adapter)
+    if arguments.no_attention:
+        vae_config = dataclasses.replace(vae_config, mid_block_add_attention=False)
     contenders = find_contenders(arguments.contenders) + list(adapters)
     for size in arguments.sizes:
         if size < 1 or size % vae_config.factor:
@@ -267,7 +270,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
     report = {
         "platform": describe_platform(),
-        "model": arguments.model or "SD1",
+        "model": (arguments.model or "SD1") + (" without attention" if arguments.no_attention else ""),
         "config": vae_config.to_dict(),
         "dtype": arguments.dtype,
         "contenders": contenders,
@@ -464,6 +467,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="how often each is measured (3)")
     parser.add_argument("--dtype", choices=list(cli.DTYPES), default="float32", help="(float32)")
     parser.add_argument("--model", help="take its configuration, not SD1's: tiny, a folder, a file, one on the hub")
+    parser.add_argument(
+        "--no-attention", action="store_true", help="leave out what grows with the square of the pixels"
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="what takes longer has failed (no limit)")
     parser.add_argument("--plot", metavar="FILE", help="measure nothing; draw what is in the JSON file of another run")
     return cli.run(benchmark, parser.parse_args(argv))

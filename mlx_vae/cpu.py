@@ -56,12 +56,27 @@ def silu(x: mx.array) -> mx.array:
     return x / (exp(-x) + 1)
 
 
+QUERIES = 256
+KEYS = 2048
+"""Of attention, computed together: their scores stay in the caches."""
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """softmax(q k^T scale) v: (N, heads, L, C), k and v maybe of another L, in the dtype of q."""
-    q, k, v, dtype = q.astype(mx.float32) * scale, k.astype(mx.float32), v.astype(mx.float32), q.dtype
-    scores = q @ k.swapaxes(-1, -2)
-    weights = exp(scores - mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
-    return ((weights @ v) / mx.sum(weights, axis=-1, keepdims=True)).astype(dtype)
+    """softmax(q k^T scale) v: (N, heads, L, C), k and v maybe of another L, in the dtype of q.
+
+    The keys come in blocks; whatever was summed up before a larger score came shrinks (Rabe & Staats, 2021).
+    """
+    dtype = q.dtype
+    q, k, v = q.astype(mx.float32) * scale, k.astype(mx.float32), v.astype(mx.float32)
+    largest, total, result = mx.array(-mx.inf), mx.array(0.0), mx.array(0.0)
+    for start in range(0, k.shape[2], KEYS):
+        scores = q @ k[:, :, start : start + KEYS].swapaxes(-1, -2)
+        larger = mx.stop_gradient(mx.maximum(largest, mx.max(scores, axis=-1, keepdims=True)))
+        weights, shrink = exp(scores - larger), exp(largest - larger)
+        total = total * shrink + mx.sum(weights, axis=-1, keepdims=True)
+        result = result * shrink + weights @ v[:, :, start : start + KEYS]
+        largest = larger
+    return (result / total).astype(dtype)
 
 
 # Convolutions
@@ -166,9 +181,8 @@ def _winograd_products(x: mx.array, weight: mx.array, transformed: mx.array) -> 
     rows, columns = -(-(H - r + 1) // TILE), -(-(W - r + 1) // TILE)
     x = mx.pad(x, [(0, 0), (0, rows * TILE + r - 1 - H), (0, columns * TILE + r - 1 - W), (0, 0)])
     inputs, _, outputs = _winograd_transforms(r)
-    tiles = mx.stack(
-        [x[:, i : i + rows * TILE : TILE, j : j + columns * TILE : TILE] for i, j in product(range(n), range(n))]
-    )
+    bands = mx.stack([x[:, i : i + rows * TILE : TILE] for i in range(n)])
+    tiles = mx.stack([bands[:, :, :, j : j + columns * TILE : TILE] for j in range(n)], axis=1)
     tiles = (inputs @ tiles.reshape(n * n, -1)).reshape(n * n, -1, C) @ transformed
     tiles = (outputs @ tiles.reshape(n * n, -1)).reshape(TILE, TILE, N, rows, columns, O)
     result = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(N, rows * TILE, columns * TILE, O)

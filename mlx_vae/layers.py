@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from mlx_vae.config import NORM_EPS
 from mlx_vae.cpu import Convolution, Edges
 
 SCORES = 1 << 22
-"""Attention scores in a chunk: 16 MiB in float32. The backend runs a few chunks ahead."""
+"""Attention scores in a chunk on a GPU: 16 MiB in float32. The backend runs a few chunks ahead."""
 
 ARRAYS_AT_WORK = 11
 """How many arrays of the largest size are in memory when a layer is computed whole. Measured on the CPU."""
@@ -193,10 +194,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """softmax(q k^T scale) v, each (N, heads, L, C); the softmax in float32.
 
     MLX has no fused kernel for the autoencoder's one wide head, and all its scores at once would be L^2 numbers: so the
-    queries come in chunks, in turn, of SCORES scores each.
+    queries come in chunks, in turn.
     """
     N, heads, L, _ = q.shape
-    rows = max(1, SCORES // (N * heads * k.shape[2]))
+    rows = cpu.QUERIES if _on_cpu() else max(1, SCORES // (N * heads * k.shape[2]))
 
     def attend(q: mx.array) -> mx.array:
         if _on_cpu():
@@ -231,7 +232,12 @@ def streams() -> list[mx.Stream]:
 
 def slabs_at_work() -> int:
     """How many slabs in float32 are in memory at once, with all that is computed on the way (measured on the CPU)."""
-    return 6 * len(streams()) + 9 if _on_cpu() else 2 * ARRAYS_AT_WORK
+    return 8 * len(streams()) + 9 if _on_cpu() else 2 * ARRAYS_AT_WORK
+
+
+def scores_at_once() -> int:
+    """How many attention scores are computed together."""
+    return cpu.QUERIES * cpu.KEYS if _on_cpu() else SCORES
 
 
 def largest_slab() -> int:
@@ -241,23 +247,23 @@ def largest_slab() -> int:
 
 def memory_size() -> int:
     """Bytes that the device reports."""
-    if _on_cpu():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = mx.device_info()
-    return int(
-        next(info[key] for key in ("max_recommended_working_set_size", "total_memory", "memory_size") if key in info)
-    )
+    info: dict[str, Any] = {} if _on_cpu() else mx.device_info()
+    sizes = [info[key] for key in ("max_recommended_working_set_size", "total_memory") if key in info]
+    return sizes[0] if sizes else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def held_memory() -> int:
+    """Bytes that are in use or were and could be returned: on Linux this process's, otherwise MLX's."""
+    if _on_cpu() and sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return mx.get_active_memory() + mx.get_cache_memory()
 
 
 def return_memory() -> None:
     """Gives the system back what has been freed. glibc's malloc keeps it, in pieces that other sizes don't fit into."""
-    if _on_cpu() and _malloc_trim:
-        _malloc_trim(0)
-
-
-_malloc_trim: Callable[[int], int] | None = (
-    getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-)
+    mx.clear_cache()
+    if _on_cpu() and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @cache

@@ -38,8 +38,8 @@ class Sweep:
     """One pass over a picture of `height` rows (to upsample, over the small one's), slab by slab.
 
     The rest are counts of numbers: a row reads or writes `row`, whichever are more; all of them write `written`; `kept`
-    are stored meanwhile; `prepared` are the weights, made ready; `products` is how many multiplications it takes.
-    A slab has `least_rows` or more, is computed with `halo` neighbouring rows, and in chunks no larger than `chunk`.
+    are stored meanwhile; `prepared` are the weights, made ready, or attention's scores; `products` is how many
+    multiplications it takes. A slab has `least_rows` or more, and is computed with `halo` neighbouring rows.
     """
 
     height: int
@@ -50,7 +50,6 @@ class Sweep:
     products: int
     least_rows: int = LEAST_ROWS
     halo: int = 2
-    chunk: int = 1 << 62
 
     def rows(self, slab: int) -> int:
         """How many rows a slab of so many numbers has."""
@@ -58,16 +57,16 @@ class Sweep:
 
     def peak(self, rows: int, at_work: int, itemsize: int) -> int:
         """Bytes, with slabs of so many rows `at_work` times in memory in float32; what is kept has its `itemsize`."""
-        at_once = min((rows + self.halo) * self.row, self.chunk)
-        return self.kept * itemsize + 4 * (self.prepared + at_work * at_once)
+        return self.kept * itemsize + 4 * (self.prepared + at_work * (rows + self.halo) * self.row)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sweeps of an Encoder or a Decoder, and the numbers in a slab."""
+    """The sweeps of an Encoder or a Decoder, the numbers in a slab, and the limit to keep to if there is one."""
 
     sweeps: list[Sweep]
     slab: int
+    limit: int | None = None
 
     def peak(self, N: int, itemsize: int) -> int:
         """Bytes, for N pictures one after the other: at the end there are all results, and all of them together."""
@@ -81,7 +80,8 @@ def needed(half: nn.Module, shape: tuple[int, ...], itemsize: int) -> Memory:
     N, height, width, _ = shape
     sweeps = list(_sweeps(half, height, width))
     whole = max(sweep.peak(sweep.height, layers.ARRAYS_AT_WORK, itemsize) for sweep in sweeps)
-    return Memory(N * whole, Plan(sweeps, SLAB_SIZES[-1]).peak(N, itemsize))
+    by_slabs = Plan(sweeps, SLAB_SIZES[-1]).peak(N, itemsize)
+    return Memory(OVERHEAD + N * whole, min(OVERHEAD + N * whole, by_slabs))
 
 
 def plan(half: nn.Module, shape: tuple[int, ...], itemsize: int, limit: int | None) -> Plan | None:
@@ -97,12 +97,14 @@ def plan(half: nn.Module, shape: tuple[int, ...], itemsize: int, limit: int | No
     memory = needed(half, shape, itemsize)
     if memory.whole <= room and all(N * sweep.height * sweep.row <= largest for sweep in sweeps):
         return None
-    plans = [Plan(sweeps, slab) for slab in SLAB_SIZES if slab <= largest]
+    plans = [Plan(sweeps, slab, limit) for slab in SLAB_SIZES if slab <= largest]
     for candidate in plans:
         if candidate.peak(N, itemsize) <= room:
             return candidate
     if limit is None:
         return plans[-1]
+    if memory.whole <= limit:
+        return None
     raise ValueError(
         f"max_memory is {describe(limit)}: {N} x {height} x {width} needs at least {describe(memory.least)} "
         f"besides the weights, and {describe(memory.whole)} whole"
@@ -124,7 +126,8 @@ def _sweeps(half: nn.Module, height: int, width: int) -> Iterator[Sweep]:
             numbers, products = pixels * channels, 2 * pixels * channels**2
             yield Sweep(height, 3 * width * channels, 2 * numbers, 5 * numbers, 0, products, halo=0)
             products += 2 * pixels * numbers
-            yield Sweep(height, width * pixels, numbers, 3 * numbers, 0, products, 1, halo=0, chunk=layers.SCORES)
+            scores = layers.slabs_at_work() * layers.scores_at_once()
+            yield Sweep(height, 3 * width * channels, numbers, 3 * numbers, scores, products, halo=0)
         elif isinstance(step, Upsample):
             height, width = 2 * height, 2 * width
             sweep = _convolution(step.conv, height, width, kept=channels)

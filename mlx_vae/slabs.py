@@ -20,6 +20,9 @@ from mlx_vae.blocks import AttentionBlock, Downsample, ResnetBlock, Upsample
 from mlx_vae.layers import Edges, Moments
 from mlx_vae.memory import Plan
 
+NEARLY = 0.9
+"""The share of a limit from which on what is freed goes back to the system at once, which takes time."""
+
 Compute = Callable[[int, int], tuple[mx.array, ...]]
 """f(top, bottom) -> what a slab of these rows is."""
 
@@ -84,6 +87,7 @@ class _Run:
         self.sweeps = iter(plan.sweeps)
         self.products = sum(sweep.products // sweep.height * sweep.height for sweep in plan.sweeps)
         self.done = 0
+        self.most = None if plan.limit is None else layers.held_memory() + int(NEARLY * plan.limit)
         self.progress = progress
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -103,16 +107,20 @@ class _Run:
         """The results for every slab, on streams side by side, of which only the newest are still at work."""
         sweep = next(self.sweeps)
         rows = sweep.height if at_once else sweep.rows(self.slab)
-        streams, results = layers.streams(), []
-        for i, top in enumerate(range(0, sweep.height, rows)):
-            bottom = min(top + rows, sweep.height)
-            with mx.stream(streams[i % len(streams)]):
-                results.append(compute(top, bottom))
-            mx.async_eval(*results[-1])
-            if i >= len(streams):
-                mx.eval(*results[i - len(streams)])
+        streams = layers.streams()
+        results: list[tuple[mx.array, ...]] = []
+        slabs = [(top, min(top + rows, sweep.height)) for top in range(0, sweep.height, rows)]
+        for first in range(0, len(slabs), len(streams)):
+            group = []
+            for stream, (top, bottom) in zip(streams, slabs[first:], strict=False):
+                with mx.stream(stream):
+                    group.append(compute(top, bottom))
+            mx.async_eval(group)
+            mx.eval(results[-len(streams) :])
+            if self.most is not None and layers.held_memory() > self.most:
                 layers.return_memory()
-            self.done += sweep.products // sweep.height * (bottom - top)
+            results += group
+            self.done += sweep.products // sweep.height * (bottom - slabs[first][0])
             self.progress(self.done / self.products)
         mx.eval(results)
         return results

@@ -154,9 +154,15 @@ def test_attention_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = layers.attention(q, k, v, 0.3)
     gradient = mx.grad(lambda q: layers.attention(q, k, v, 0.3).square().sum())
     expected = gradient(q)
-    monkeypatch.setattr(layers, "SCORES", 2 * 11 * 3)
-    assert relative_error(layers.attention(q, k, v, 0.3), whole) < 1e-6
-    assert relative_error(gradient(q), expected) < 1e-6
+    for chunks in (
+        {"cpu.QUERIES": 3, "cpu.KEYS": 4},
+        {"cpu.QUERIES": 4, "cpu.KEYS": 11},
+        {"SCORES": 2 * 11 * 3, "_on_cpu": lambda: False},
+    ):
+        for name, value in chunks.items():
+            monkeypatch.setattr(f"mlx_vae.layers.{name}", value)
+        assert relative_error(layers.attention(q, k, v, 0.3), whole) < 1e-6
+        assert relative_error(gradient(q), expected) < 1e-6
 
 
 def test_attention_in_chunks_takes_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +174,9 @@ def test_attention_in_chunks_takes_less_memory(monkeypatch: pytest.MonkeyPatch) 
         mx.eval(layers.attention(q, q, q, 0.5))
         return mx.get_peak_memory()
 
+    monkeypatch.setattr(cpu, "QUERIES", 2048)
     whole = peak()
-    monkeypatch.setattr(layers, "SCORES", 2048 * 128)
+    monkeypatch.setattr(cpu, "QUERIES", 128)
     assert peak() < whole / 2
 
 

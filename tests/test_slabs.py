@@ -19,7 +19,7 @@ from models import (
     relative_error,
 )
 
-from mlx_vae import AutoencoderKL, AutoencoderKLConfig, memory, precision, slabs
+from mlx_vae import AutoencoderKL, AutoencoderKLConfig, layers, memory, precision, slabs
 from mlx_vae.memory import Plan
 
 WIDE = AutoencoderKLConfig(block_out_channels=(64, 96), layers_per_block=1, norm_num_groups=8)
@@ -57,6 +57,24 @@ def test_every_height_of_a_slab() -> None:
     for rows in range(1, 20):
         assert relative_error(by_rows(vae.decoder, z, rows), pictures) < 5e-6
         assert relative_error(by_rows(vae.encoder, x, rows), moments) < 5e-6
+
+
+def test_the_strategies_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run on the CPU too, without `mx.compile`, which needs a compiler there."""
+    vae = random_model(WIDE)
+    z = random_latents((1, 9, 5, WIDE.latent_channels))
+    x = random_images((1, 18, 10, 3))
+    pictures, moments = vae.decoder(z), vae.encoder(x)
+    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    mx.disable_compile()
+    try:
+        assert relative_error(vae.decoder(z), pictures) < 5e-6
+        assert relative_error(vae.encoder(x), moments) < 5e-6
+        for rows in (1, 4, 7):
+            assert relative_error(by_rows(vae.decoder, z, rows), pictures) < 5e-6
+            assert relative_error(by_rows(vae.encoder, x, rows), moments) < 5e-6
+    finally:
+        mx.enable_compile()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -154,6 +172,7 @@ def test_transforms_compute_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = [dict(tree_flatten(nn.value_and_grad(vae, loss)(vae, exact)[1])) for exact in (True, False)]
     for name, gradient in gradients[0].items():
         assert mx.array_equal(gradients[1][name], gradient), name
+    z = random_latents((1, 128, 128, WIDE.latent_channels))
     limit = vae.decode_memory(z.shape).least
     with pytest.raises(ValueError, match=r"max_memory is .*: mx\.grad, mx\.compile and mx\.vmap can't keep to it"):
         mx.grad(lambda z: vae.decode(z, max_memory=limit).sample.sum())(z)
