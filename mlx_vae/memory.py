@@ -20,8 +20,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 SLAB_SIZES = [1 << bits for bits in range(30, 17, -1)]
 """Numbers in a slab, from the largest that is worth trying to the least."""
-OVERHEAD = 32 << 20
-"""What the BLAS takes for itself, and what is lost between allocations."""
+OVERHEAD = 64 << 20
+"""What the BLAS takes for itself."""
+LOST = 0.05
+"""The share of memory that is lost between allocations of different sizes."""
 LEAST_ROWS = 4
 """Of a slab that is convolved: the rows above and below it are computed with it, and Winograd's tiles are as high."""
 
@@ -72,7 +74,7 @@ class Plan:
         """Bytes, for N pictures one after the other: at the end there are all results, and all of them together."""
         results = 2 * N * self.sweeps[-1].written * itemsize
         slabs = [sweep.peak(sweep.rows(self.slab), layers.slabs_at_work(), itemsize) for sweep in self.sweeps]
-        return OVERHEAD + max(slabs) + results
+        return OVERHEAD + int((1 + LOST) * max(slabs)) + results
 
 
 def needed(half: nn.Module, shape: tuple[int, ...], itemsize: int) -> Memory:

@@ -20,7 +20,7 @@ from mlx_vae.blocks import AttentionBlock, Downsample, ResnetBlock, Upsample
 from mlx_vae.layers import Edges, Moments
 from mlx_vae.memory import Plan
 
-NEARLY = 0.9
+NEARLY = 0.95
 """The share of a limit from which on what is freed goes back to the system at once, which takes time."""
 
 Compute = Callable[[int, int], tuple[mx.array, ...]]
