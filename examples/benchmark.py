@@ -2,7 +2,7 @@
 
     python examples/benchmark.py -o benchmark                                    # SD1's size, the parts and sizes below
     python examples/benchmark.py -o benchmark --sizes 1024 --parts decode --adapter other.py --repeats 5
-    python examples/benchmark.py -o benchmark --plot benchmark.json              # the table and the chart once more
+    python examples/benchmark.py -o benchmark --plot a.json b.json               # the table and the chart of other runs
 
 prints a table, and writes benchmark.json with every measurement, and benchmark.png, a chart (needs matplotlib).
 
@@ -252,7 +252,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     json_path, chart_path = Path(f"{output}.json"), Path(f"{output}.png")
     if arguments.plot:
-        report = load_report(Path(arguments.plot))
+        report = load_reports(arguments.plot)
         print(table(report))
         plot(report, chart_path)
         return 0
@@ -314,11 +314,23 @@ def benchmark(arguments: argparse.Namespace) -> int:
     return status
 
 
-def load_report(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a report of this program ({error})") from None
+def load_reports(paths: Sequence[str]) -> dict[str, Any]:
+    """All of them as one. Raises ValueError for what is no report, and for reports of different things."""
+    whole: dict[str, Any] = {}
+    for path in paths:
+        try:
+            report = json.loads(Path(path).read_text())
+            same = {key: report[key] for key in ("platform", "model", "config", "dtype")}
+            contenders, measurements = report["contenders"], report["measurements"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a report of this program ({error})") from None
+        if any(whole.get(key, value) != value for key, value in same.items()):
+            raise ValueError(f"{path}: of another machine, model or dtype than {paths[0]}")
+        whole = same | {
+            "contenders": list(dict.fromkeys(whole.get("contenders", []) + contenders)),
+            "measurements": whole.get("measurements", []) + measurements,
+        }
+    return whole
 
 
 def find_contenders(names: Sequence[str] | None) -> list[str]:
@@ -471,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-attention", action="store_true", help="leave out what grows with the square of the pixels"
     )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="what takes longer has failed (no limit)")
-    parser.add_argument("--plot", metavar="FILE", help="measure nothing; draw what is in the JSON file of another run")
+    parser.add_argument("--plot", nargs="+", metavar="FILE", help="measure nothing; draw the JSON files of other runs")
     return cli.run(benchmark, parser.parse_args(argv))
 
 
