@@ -132,7 +132,9 @@ def _summed_taps(weight: mx.array, axis: int) -> list[mx.array]:
 
 
 def _padded(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
-    return mx.pad(x.astype(mx.float32), [(0, 0), rows, columns, (0, 0)])
+    """With zeros around, in float32. (`mx.pad` copies even where there is nothing to add.)"""
+    x = x.astype(mx.float32)
+    return mx.pad(x, [(0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
 
 
 def _convolution(weight: mx.array) -> Callable[[mx.array], mx.array]:
@@ -140,7 +142,7 @@ def _convolution(weight: mx.array) -> Callable[[mx.array], mx.array]:
     O, _, _, C = weight.shape
     weight = weight.astype(mx.float32)
     fixed = mx.stop_gradient(weight)
-    taps = mx.contiguous(fixed.transpose(1, 2, 3, 0))
+    taps = mx.contiguous(fixed.transpose(1, 2, 0, 3))
     transformed = _winograd_weights(fixed) if min(C, O) >= WINOGRAD_CHANNELS else None
 
     def convolve(x: mx.array) -> mx.array:
@@ -153,11 +155,11 @@ def _convolution(weight: mx.array) -> Callable[[mx.array], mx.array]:
 
 def _sum_of_shifted_products(x: mx.array, weight: mx.array, taps: mx.array) -> mx.array:
     N, H, W, C = x.shape
-    r, _, _, O = taps.shape
+    r, _, O, _ = taps.shape
     pixels = x.reshape(-1, C)
     count = (N * H - (r - 1)) * W - (r - 1)  # the windows, and those that run over the right edge or into the next N
-    shifts = [(taps[i, j], i * W + j) for i, j in product(range(r), range(r))]
-    total = pixels[:count] @ taps[0, 0]
+    shifts = [(taps[i, j].T, i * W + j) for i, j in product(range(r), range(r))]
+    total = pixels[:count] @ taps[0, 0].T
     for tap, shift in shifts[1:]:
         total = mx.addmm(total, pixels[shift : shift + count], tap)
     total = mx.pad(total, [(0, N * H * W - count), (0, 0)])
@@ -179,21 +181,21 @@ def _winograd_products(x: mx.array, weight: mx.array, transformed: mx.array) -> 
     O, r = weight.shape[:2]
     n = TILE + r - 1
     rows, columns = -(-(H - r + 1) // TILE), -(-(W - r + 1) // TILE)
-    x = mx.pad(x, [(0, 0), (0, rows * TILE + r - 1 - H), (0, columns * TILE + r - 1 - W), (0, 0)])
+    x = _padded(x, (0, rows * TILE + r - 1 - H), (0, columns * TILE + r - 1 - W))
     inputs, _, outputs = _winograd_transforms(r)
     bands = mx.stack([x[:, i : i + rows * TILE : TILE] for i in range(n)])
     tiles = mx.stack([bands[:, :, :, j : j + columns * TILE : TILE] for j in range(n)], axis=1)
-    tiles = (inputs @ tiles.reshape(n * n, -1)).reshape(n * n, -1, C) @ transformed
+    tiles = (inputs @ tiles.reshape(n * n, -1)).reshape(n * n, -1, C) @ transformed.swapaxes(1, 2)
     tiles = (outputs @ tiles.reshape(n * n, -1)).reshape(TILE, TILE, N, rows, columns, O)
     result = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(N, rows * TILE, columns * TILE, O)
     return result[:, : H - r + 1, : W - r + 1]
 
 
 def _winograd_weights(weight: mx.array) -> mx.array:
-    """(O, r, r, C) -> ((r + 3)^2, C, O)."""
+    """(O, r, r, C) -> ((r + 3)^2, O, C)."""
     O, r, _, C = weight.shape
     _, weights, _ = _winograd_transforms(r)
-    return (weights @ weight.transpose(1, 2, 3, 0).reshape(r * r, -1)).reshape(-1, C, O)
+    return (weights @ weight.transpose(1, 2, 0, 3).reshape(r * r, -1)).reshape(-1, O, C)
 
 
 @functools.cache
