@@ -20,6 +20,7 @@ from typing import Any
 
 SWITCH = "MLX_VAE_BLAS"
 LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
+THREADS = (("openblas_get_num_threads", "openblas_set_num_threads"), ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"))
 INSTALL = (
     "matrix products will be slow: no OpenBLAS or MKL was found. Install one: `apt install libopenblas0-pthread`, "
     "`dnf install openblas-threads` or `pip install mkl`"
@@ -51,18 +52,15 @@ _loaded: list[Any] = []
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Products on one thread each, for as long as streams compute side by side; where it can't be set, as they are."""
+    """Each product on one thread, for the time that streams compute side by side; left alone where it can't be set."""
     for library in _loaded:
-        for get, set_ in (
-            ("openblas_get_num_threads", "openblas_set_num_threads"),
-            ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
-        ):
-            if hasattr(library, get) and hasattr(library, set_):
-                threads = getattr(library, get)()
-                getattr(library, set_)(1)
+        for get, put in THREADS:
+            if hasattr(library, put):
+                count = getattr(library, get)()
+                getattr(library, put)(1)
                 try:
                     yield
                 finally:
-                    getattr(library, set_)(threads)
+                    getattr(library, put)(count)
                 return
     yield

@@ -36,6 +36,25 @@ def fresh_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "mlx.core")
 
 
+def test_one_thread_while_streams_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in (
+        ("openblas_get_num_threads", "openblas_set_num_threads"),
+        ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+    ):
+        counts = [4]
+        functions = {
+            library[0]: staticmethod(lambda counts=counts: counts[-1]),
+            library[1]: staticmethod(counts.append),
+        }
+        monkeypatch.setattr(blas, "_loaded", [object(), type("Library", (), functions)()])
+        with blas.single_threaded():
+            assert counts == [4, 1]
+        assert counts == [4, 1, 4]
+    monkeypatch.setattr(blas, "_loaded", [])
+    with blas.single_threaded():
+        pass
+
+
 def test_the_first_library_is_loaded_with_global_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader("libopenblas.so.0", "libmkl_rt.so.2")
     monkeypatch.setattr(ctypes, "CDLL", loader)

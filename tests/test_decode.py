@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from models import random_latents
 from PIL import Image
+from tqdm import tqdm
 
-from mlx_vae import AutoencoderKL
-from mlx_vae.decode import decode_files, main
+from mlx_vae import AutoencoderKL, memory
+from mlx_vae.decode import PROGRESS, _show, decode_files, main
 from mlx_vae.images import to_bytes
 from mlx_vae.latents import Latents, save_latents
 
@@ -90,6 +92,37 @@ def test_tile(tmp_path: Path, own: Path) -> None:
     for name, flags in (("whole", []), ("tiled", ["--tile"])):
         assert main([str(own), "-o", str(tmp_path / f"{name}.png"), *flags]) == 0
     assert not np.array_equal(picture(tmp_path / "whole.png"), picture(tmp_path / "tiled.png"))
+
+
+def test_max_memory(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    z = random_latents((1, 200, 150, 4))
+    np.save(tmp_path / "z.npy", np.array(z))
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "z.npy"), "--model", str(model), "--unscaled", "--max-memory"]
+    for wrong, message in (
+        ("1MB", "z.npy: max_memory is 1.00MB: 1 x 200 x 150 needs at least"),
+        ("much", "wanted bytes"),
+    ):
+        assert main([*arguments, wrong, "-o", f"{out}/"]) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    with pytest.raises(SystemExit):
+        main([*arguments, "4GB", "--tile", "-o", f"{out}/"])
+    with pytest.raises(ValueError, match="exclude each other"):
+        decode_files([tmp_path / "z.npy"], tmp_path / "a.png", model=str(model), tile=True, max_memory="4GB")
+    vae = AutoencoderKL.from_pretrained(model)
+    assert main([*arguments, memory.describe(vae.decode_memory(z.shape).least), "-o", f"{out}/"]) == 0
+    exact = to_bytes(vae._decode(z)[0]).astype(int)
+    assert np.abs(picture(out / "z.png") - exact).max() <= 1
+
+
+def test_progress_is_shown_within_a_picture() -> None:
+    bar = tqdm(total=3, bar_format=PROGRESS, file=io.StringIO())
+    for done, share in ((0, 0.25), (0, 1.0), (1, 0.5), (1, 1.0), (2, 1.0)):
+        _show(bar, done, share)
+        assert bar.n == done + share
+    assert "100%" in str(bar)
+    assert "3.0 of 3 pictures" in str(bar)
 
 
 def test_layout(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import SMALL, random_model
+from models import SMALL, random_model, relative_error
 from pictures import random_picture
 from PIL import Image
 
@@ -105,6 +105,24 @@ def test_tile(tmp_path: Path, model: Path, picture: Path) -> None:
     whole, tiled = (load_latents(tmp_path / f"{name}.safetensors").values for name in ("whole", "tiled"))
     assert whole.shape == tiled.shape
     assert not mx.array_equal(whole, tiled)
+
+
+def test_max_memory(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random_picture(600, 400).save(tmp_path / "a.png")
+    output = tmp_path / "z.safetensors"
+    arguments = (tmp_path / "a.png", "-o", output, "--model", model, "--max-memory")
+    assert run(*arguments, "1MB") == 1
+    assert "a.png: max_memory is 1.00MB: 1 x 600 x 400 needs at least" in capsys.readouterr().err
+    assert run(*arguments, "none") == 2
+    assert not output.exists()
+    vae = AutoencoderKL.from_pretrained(model)
+    least = vae.encode_memory((1, 600, 400, 3)).least
+    assert run(*arguments, str(least)) == 0
+    bounded = load_latents(output).values
+    assert run(*arguments[:-1]) == 0
+    assert relative_error(bounded, load_latents(output).values) < 1e-5
+    with pytest.raises(ValueError, match="exclude each other"):
+        Settings(tile=True, max_memory="4GB")
 
 
 def test_sizes_and_background(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
-from models import SD1
+from models import SD1, random_images, random_latents, random_model
 
-from mlx_vae import AutoencoderKL, memory
+from mlx_vae import AutoencoderKL, AutoencoderKLConfig, layers, memory
 
 
 @pytest.mark.parametrize(
@@ -51,3 +55,32 @@ def test_what_stable_diffusion_needs() -> None:
         assert tensors / 2 < half.least < 0.6 * needed.least
         encoding = vae.encode_memory((1, 8 * side, 8 * side, 3))
         assert tensors < encoding.least < 1.35 * tensors
+
+
+def held(field: str) -> int:
+    """Of this process in bytes: VmRSS, now, or VmHWM, the most."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(f"{field}:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can forget the peak of a process")
+def test_limits_are_kept() -> None:
+    """20 random sizes and limits: what the process takes on top, as the system sees it."""
+    vae = random_model(AutoencoderKLConfig(block_out_channels=(64, 96), layers_per_block=1, norm_num_groups=8))
+    choose = random.Random(0)
+    for i in range(20):
+        height, width = choose.randrange(40, 100, 2), choose.randrange(40, 100, 2)
+        if i % 2:
+            x, needed = random_images((1, 2 * height, 2 * width, 3)), vae.encode_memory((1, 2 * height, 2 * width, 3))
+        else:
+            x, needed = random_latents((1, height, width, 4)), vae.decode_memory((1, height, width, 4))
+        limit = choose.randint(needed.least, needed.least + needed.whole // 4)
+        mx.eval(x)
+        layers.return_memory()
+        before = held("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        result = (
+            vae.encode(x, max_memory=limit).latent_dist.moments if i % 2 else vae.decode(x, max_memory=limit).sample
+        )
+        mx.eval(result)
+        assert held("VmHWM") - before < limit, (height, width, limit)
