@@ -45,33 +45,34 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 def conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """A 3x3 convolution that keeps the size: (N, H, W, C) -> (N, H, W, O)."""
-    return convolution(conv)(x, (1, 1))
+    return convolution(conv)(x, (1, 1)).astype(conv.weight.dtype)
 
 
 def upsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """Nearest-neighbour doubling, then a 3x3 convolution: (N, H, W, C) -> (N, 2H, 2W, O)."""
-    return upsampling(conv)(x, (1, 1))
+    return upsampling(conv)(x, (1, 1)).astype(conv.weight.dtype)
 
 
 def downsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """3x3 convolution of stride 2 that pads right and bottom only: (N, H, W, C) -> (N, H / 2, W / 2, O)."""
-    return downsampling(conv)(x, (0, 1))
+    return downsampling(conv)(x, (0, 1)).astype(conv.weight.dtype)
 
 
 def convolution(conv: nn.Conv2d) -> Convolution:
     """A 3x3 convolution of rows (N, H, W, C) -> (N, H + edges - 2, W, O), the outermost rows only as neighbours.
 
-    `edges` is how many rows of zeros to add above and below: 1 where the picture ends, 0 where it goes on.
+    `edges` is how many rows of zeros to add above and below: 1 where the picture ends, 0 where it goes on. On the CPU
+    the result is float32 whatever the dtype of the weights: conversions are slow there.
     """
     if _on_cpu():
-        return _of_dtype(cpu.conv3x3(conv.weight), conv)
+        return _with_bias(cpu.conv3x3(conv.weight), conv)
     return lambda x, edges: _conv2d(conv, x, edges, (1, 1))
 
 
 def upsampling(conv: nn.Conv2d) -> Convolution:
     """As `convolution`, of rows that are doubled first: (N, H, W, C) -> (N, 2 (H + edges - 2), 2W, O)."""
     if _on_cpu():
-        return _of_dtype(cpu.upsample_conv3x3(conv.weight), conv)
+        return _with_bias(cpu.upsample_conv3x3(conv.weight), conv)
 
     def upsample(x: mx.array, edges: Edges) -> mx.array:
         x = mx.pad(x, [(0, 0), edges, (0, 0), (0, 0)])
@@ -85,13 +86,12 @@ def upsampling(conv: nn.Conv2d) -> Convolution:
 def downsampling(conv: nn.Conv2d) -> Convolution:
     """As `convolution`, of stride 2: (N, H, W, C) -> (N, (H + edges - 1) / 2, W / 2, O), `edges` (0, 0) or (0, 1)."""
     if _on_cpu():
-        return _of_dtype(cpu.downsample_conv3x3(conv.weight), conv)
+        return _with_bias(cpu.downsample_conv3x3(conv.weight), conv)
     return lambda x, edges: _conv2d(conv, x, edges, (0, 1))
 
 
-def _of_dtype(convolve: Convolution, conv: nn.Conv2d) -> Convolution:
-    """`convolve`, which is float32, with the bias and in the dtype of the layer."""
-    return lambda x, edges: (convolve(x, edges) + conv.bias).astype(conv.weight.dtype)
+def _with_bias(convolve: Convolution, conv: nn.Conv2d) -> Convolution:
+    return lambda x, edges: convolve(x, edges) + conv.bias
 
 
 def _conv2d(conv: nn.Conv2d, x: mx.array, rows: Edges, columns: Edges) -> mx.array:

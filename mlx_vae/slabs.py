@@ -83,6 +83,7 @@ class _Run:
 
     def __init__(self, half: nn.Module, plan: Plan, progress: Callable[[float], object]) -> None:
         self.half = half
+        self.dtype = half.conv_in.weight.dtype
         self.slab = plan.slab
         self.sweeps = iter(plan.sweeps)
         self.products = sum(sweep.products // sweep.height * sweep.height for sweep in plan.sweeps)
@@ -125,9 +126,14 @@ class _Run:
         mx.eval(results)
         return results
 
+    def _kept(self, slab: mx.array) -> tuple[mx.array, ...]:
+        """As it is stored, and its moments."""
+        _, mean, deviation = layers.moments(slab)
+        return slab.astype(self.dtype), mean, deviation
+
     def _conv_in(self, conv: nn.Conv2d, x: Picture) -> Picture:
         convolve = layers.convolution(conv)
-        return Picture.of(self._sweep(lambda top, bottom: _with_moments(convolve(*x.window(top - 1, bottom + 1)))))
+        return Picture.of(self._sweep(lambda top, bottom: self._kept(convolve(*x.window(top - 1, bottom + 1)))))
 
     def _conv_out(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Picture) -> list[mx.array]:
         activate, convolve = _activation(norm, x), layers.convolution(conv)
@@ -135,7 +141,7 @@ class _Run:
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
             window, edges = x.window(top - 1, bottom + 1)
             x.give_up(bottom - 1)
-            return (convolve(activate(window), edges),)
+            return (convolve(activate(window), edges).astype(self.dtype),)
 
         return Picture.of(self._sweep(compute)).slabs
 
@@ -145,7 +151,7 @@ class _Run:
 
         def first(top: int, bottom: int) -> tuple[mx.array, ...]:
             window, edges = x.window(top - 1, bottom + 1)
-            h = _with_moments(convolve(activate(window), edges))
+            h = self._kept(convolve(activate(window), edges))
             if shortcut is None:
                 return h
             x.give_up(bottom - 1)
@@ -164,7 +170,7 @@ class _Run:
             residual, _ = x.window(top, bottom)
             h.give_up(bottom - 1)
             x.give_up(bottom)
-            return _with_moments(residual + convolve(activate(window), edges))
+            return self._kept(residual + convolve(activate(window), edges))
 
         return Picture.of(self._sweep(second))
 
@@ -187,7 +193,7 @@ class _Run:
             residual, _ = x.window(top, bottom)
             x.give_up(bottom)
             h = block.processor(block.to_q(tokens(residual)), k, v, k.shape[-1] ** -0.5)
-            return _with_moments(residual + block.to_out[0](h).reshape(residual.shape))
+            return self._kept(residual + block.to_out[0](h).reshape(residual.shape))
 
         return Picture.of(self._sweep(attend, at_once=block.processor is not layers.attention))
 
@@ -197,7 +203,7 @@ class _Run:
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
             window, edges = x.window(top - 1, bottom + 1)
             x.give_up(bottom - 1)
-            return _with_moments(convolve(window, edges))
+            return self._kept(convolve(window, edges))
 
         return Picture.of(self._sweep(compute))
 
@@ -207,14 +213,9 @@ class _Run:
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
             window, edges = x.window(2 * top, 2 * bottom + 1)
             x.give_up(2 * bottom)
-            return _with_moments(convolve(window, edges))
+            return self._kept(convolve(window, edges))
 
         return Picture.of(self._sweep(compute))
-
-
-def _with_moments(slab: mx.array) -> tuple[mx.array, ...]:
-    _, mean, deviation = layers.moments(slab)
-    return slab, mean, deviation
 
 
 def _activation(norm: nn.GroupNorm, x: Picture) -> Callable[[mx.array], mx.array]:

@@ -29,6 +29,8 @@ SMALL = AutoencoderKLConfig(
     latent_channels=4,
     sample_size=16,
 )
+WIDE = AutoencoderKLConfig(block_out_channels=(64, 96), layers_per_block=1, norm_num_groups=8)
+"""Wide enough for Winograd's convolutions."""
 SMALL_LATENT = (5, 7)  # h, w: odd, and not the same
 
 

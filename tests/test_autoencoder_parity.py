@@ -11,6 +11,7 @@ from models import (
     FLUX1,
     SD1,
     SMALL,
+    WIDE,
     random_config,
     random_images,
     random_latent_shape,
@@ -89,11 +90,11 @@ def test_posterior(seed: int) -> None:
     assert relative_error(ours.nll(x), reference.nll(to_torch(x)).numpy()) < 1e-5
 
 
-def test_gradients() -> None:
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["SMALL", "WIDE"])
+def test_gradients(config: AutoencoderKLConfig) -> None:
     """d(L2 + KL) / d(every weight), through a sample of the posterior with the same noise."""
-    config = SMALL
     x = random_images((2, 20, 28, 3))
-    noise = random_latents((2, 5, 7, 4), seed=1)
+    noise = random_latents((2, 20 // config.factor, 28 // config.factor, 4), seed=1)
 
     def loss(vae: AutoencoderKL) -> mx.array:
         posterior = vae.encode(x).latent_dist

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from models import SD1, random_images, random_latents, random_model
+from models import SD1, WIDE, random_images, random_latents, random_model
 
-from mlx_vae import AutoencoderKL, AutoencoderKLConfig, layers, memory
+from mlx_vae import AutoencoderKL, layers, memory
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def held(field: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can forget the peak of a process")
 def test_limits_are_kept() -> None:
     """20 random sizes and limits: what the process takes on top, as the system sees it."""
-    vae = random_model(AutoencoderKLConfig(block_out_channels=(64, 96), layers_per_block=1, norm_num_groups=8))
+    vae = random_model(WIDE)
     choose = random.Random(0)
     for i in range(20):
         height, width = choose.randrange(40, 100, 2), choose.randrange(40, 100, 2)

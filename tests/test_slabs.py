@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from models import (
     SMALL,
+    WIDE,
     inflated,
     random_config,
     random_images,
@@ -21,9 +22,6 @@ from models import (
 
 from mlx_vae import AutoencoderKL, AutoencoderKLConfig, layers, memory, precision, slabs
 from mlx_vae.memory import Plan
-
-WIDE = AutoencoderKLConfig(block_out_channels=(64, 96), layers_per_block=1, norm_num_groups=8)
-"""Wide enough for Winograd's convolutions."""
 
 
 def by_rows(half: nn.Module, x: mx.array, rows: int) -> mx.array:
