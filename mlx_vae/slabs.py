@@ -78,6 +78,26 @@ class Picture:
             self.top += self.slabs.pop(0).shape[1]
 
 
+class Activated:
+    """The rows of a picture after a GroupNorm and SiLU, each computed once, when a window first needs it."""
+
+    def __init__(self, norm: nn.GroupNorm, source: Picture) -> None:
+        _read(norm, source)
+        self.activate = layers.activation(norm, source.moments)
+        self.source = source
+        self.rows = Picture(source.height, [])
+        self.reached = 0
+
+    def around(self, top: int, bottom: int) -> tuple[mx.array, Edges]:
+        """Rows top to bottom with one more on either side, and how many of these lie outside; windows only go down."""
+        while self.reached < min(bottom + 1, self.source.height):
+            end = min(self.reached + bottom - top, self.source.height)
+            self.rows.slabs.append(self.activate(self.source.window(self.reached, end)[0]))
+            self.reached = end
+        self.rows.give_up(top - 1)
+        return self.rows.window(top - 1, bottom + 1)
+
+
 class _Run:
     """Each step takes a picture, which it gives up, and makes another in one or two sweeps, the plan's next."""
 
@@ -136,41 +156,40 @@ class _Run:
         return Picture.of(self._sweep(lambda top, bottom: self._kept(convolve(*x.window(top - 1, bottom + 1)))))
 
     def _conv_out(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Picture) -> list[mx.array]:
-        activate, convolve = _activation(norm, x), layers.convolution(conv)
+        activated, convolve = Activated(norm, x), layers.convolution(conv)
 
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
-            window, edges = x.window(top - 1, bottom + 1)
-            x.give_up(bottom - 1)
-            return (convolve(activate(window), edges).astype(self.dtype),)
+            window = activated.around(top, bottom)
+            x.give_up(activated.reached)
+            return (convolve(*window).astype(self.dtype),)
 
         return Picture.of(self._sweep(compute)).slabs
 
     def _resnet(self, block: ResnetBlock, x: Picture) -> Picture:
         shortcut = block.get("conv_shortcut")
-        activate, convolve = _activation(block.norm1, x), layers.convolution(block.conv1)
+        activated, convolve = Activated(block.norm1, x), layers.convolution(block.conv1)
 
         def first(top: int, bottom: int) -> tuple[mx.array, ...]:
-            window, edges = x.window(top - 1, bottom + 1)
-            h = self._kept(convolve(activate(window), edges))
+            h = self._kept(convolve(*activated.around(top, bottom)))
             if shortcut is None:
                 return h
-            x.give_up(bottom - 1)
-            above = 1 - edges[0]
-            return *h, shortcut(window[:, above : above + bottom - top])
+            residual, _ = x.window(top, bottom)
+            x.give_up(bottom)
+            return *h, shortcut(residual)
 
         parts = self._sweep(first)
         h = Picture.of([part[:3] for part in parts])
         if shortcut is not None:
             x = Picture.of([part[3:] for part in parts])
         del parts
-        activate, convolve = _activation(block.norm2, h), layers.convolution(block.conv2)
+        activated, convolve = Activated(block.norm2, h), layers.convolution(block.conv2)
 
         def second(top: int, bottom: int) -> tuple[mx.array, ...]:
-            window, edges = h.window(top - 1, bottom + 1)
+            window = activated.around(top, bottom)
+            h.give_up(activated.reached)
             residual, _ = x.window(top, bottom)
-            h.give_up(bottom - 1)
             x.give_up(bottom)
-            return self._kept(residual + convolve(activate(window), edges))
+            return self._kept(residual + convolve(*window))
 
         return Picture.of(self._sweep(second))
 
@@ -216,11 +235,6 @@ class _Run:
             return self._kept(convolve(window, edges))
 
         return Picture.of(self._sweep(compute))
-
-
-def _activation(norm: nn.GroupNorm, x: Picture) -> Callable[[mx.array], mx.array]:
-    _read(norm, x)
-    return layers.activation(norm, x.moments)
 
 
 def _read(norm: nn.GroupNorm, x: Picture) -> None:
