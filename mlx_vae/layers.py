@@ -6,7 +6,6 @@ of a whole picture, and prepared (`convolution`, `upsampling`, `downsampling`), 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae import cpu
+from mlx_vae import cpu, malloc
 from mlx_vae.config import NORM_EPS
 from mlx_vae.cpu import Convolution, Edges
 
@@ -260,10 +259,10 @@ def held_memory() -> int:
 
 
 def return_memory() -> None:
-    """Gives the system back what has been freed. glibc's malloc keeps it, in pieces that other sizes don't fit into."""
+    """Gives the system back what has been freed."""
     mx.clear_cache()
-    if _on_cpu() and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    if _on_cpu():
+        malloc.trim()
 
 
 @cache

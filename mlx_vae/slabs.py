@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_vae import blas, layers
+from mlx_vae import blas, layers, malloc
 from mlx_vae.blocks import AttentionBlock, Downsample, ResnetBlock, Upsample
 from mlx_vae.layers import Edges, Moments
 from mlx_vae.memory import Plan
@@ -38,7 +38,7 @@ def run(half: nn.Module, x: mx.array, plan: Plan, progress: Callable[[float], ob
         if progress:
             progress((len(pictures) + done) / len(x))
 
-    with blas.single_threaded():
+    with blas.single_threaded(), malloc.keeping():
         for i in range(len(x)):
             pictures.append(_Run(half, plan, share)(x[i : i + 1]))
     return mx.concatenate(pictures)
