@@ -312,10 +312,10 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self._unquantized(z))
 
     def _quantized(self, moments: mx.array) -> mx.array:
-        return self.quant_conv(moments) if "quant_conv" in self else moments
+        return layers.linear(self.quant_conv, moments) if "quant_conv" in self else moments
 
     def _unquantized(self, z: mx.array) -> mx.array:
-        return self.post_quant_conv(z) if "post_quant_conv" in self else z
+        return layers.linear(self.post_quant_conv, z) if "post_quant_conv" in self else z
 
     def _run(
         self, half: nn.Module, x: mx.array, max_memory: str | int | None, progress: Callable[[float], object] | None

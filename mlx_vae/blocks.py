@@ -27,7 +27,7 @@ class ResnetBlock(nn.Module):
         h = layers.norm_silu_conv(self.norm1, self.conv1, x)
         h = layers.norm_silu_conv(self.norm2, self.conv2, h)
         if "conv_shortcut" in self:
-            x = self.conv_shortcut(x)
+            x = layers.linear(self.conv_shortcut, x)
         return x + h
 
 
@@ -46,8 +46,9 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         N, H, W, C = x.shape
         h = layers.normalize(self.group_norm, x).reshape(N, 1, H * W, C)
-        h = self.processor(self.to_q(h), self.to_k(h), self.to_v(h), C**-0.5)
-        return x + self.to_out[0](h).reshape(N, H, W, C)
+        q, k, v = (layers.linear(layer, h) for layer in (self.to_q, self.to_k, self.to_v))
+        h = layers.linear(self.to_out[0], self.processor(q, k, v, C**-0.5))
+        return x + h.reshape(N, H, W, C).astype(x.dtype)
 
 
 class Downsample(nn.Module):

@@ -100,6 +100,18 @@ def _conv2d(conv: nn.Conv2d, x: mx.array, rows: Edges, columns: Edges) -> mx.arr
     return mx.conv2d(mx.pad(x, [(0, 0), rows, columns, (0, 0)]), conv.weight, conv.stride) + conv.bias
 
 
+def linear(layer: nn.Module, x: mx.array) -> mx.array:
+    """A Linear or a 1x1 Conv2d, in the dtype of x: (N, H, W, C) -> (N, H, W, O).
+
+    On the CPU products in other dtypes than float32 are slow. Whatever else stands in the layer's place (a quantised
+    one, one with an adapter) is called as it is.
+    """
+    if not _on_cpu() or type(layer) not in (nn.Linear, nn.Conv2d):
+        return layer(x)
+    weight = layer.weight.astype(mx.float32)
+    return mx.addmm(layer.bias, x.astype(mx.float32), weight.reshape(len(weight), -1).T).astype(x.dtype)
+
+
 # Normalisation
 
 
@@ -141,14 +153,16 @@ def norm_silu_conv(norm: nn.GroupNorm, conv_: nn.Conv2d, x: mx.array) -> mx.arra
 
 
 def normalize(norm: nn.GroupNorm, x: mx.array) -> mx.array:
-    """GroupNorm: (N, H, W, C) -> (N, H, W, C)."""
+    """GroupNorm: (N, H, W, C) -> (N, H, W, C), as `normalization`."""
     read(norm, x)
     return normalization(norm, [moments(x)])(x)
 
 
 def normalization(norm: nn.GroupNorm, parts: Sequence[Moments]) -> Callable[[mx.array], mx.array]:
-    """The GroupNorm of a picture whose parts have these moments, of its rows (N, H, W, C)."""
+    """The GroupNorm of a picture whose parts have these moments, of its rows (N, H, W, C); on the CPU in float32."""
     scale, shift = _scale_and_shift(norm, parts)
+    if _on_cpu():
+        return lambda x: x.astype(mx.float32) * scale + shift
     return lambda x: (x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 

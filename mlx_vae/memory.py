@@ -40,8 +40,8 @@ class Sweep:
     """One pass over a picture of `height` rows (to upsample, over the small one's), slab by slab.
 
     The rest are counts of numbers: a row reads or writes `row`, whichever are more; all of them write `written`; `kept`
-    are stored meanwhile; `prepared` are the weights, made ready, or attention's scores; `products` is how many
-    multiplications it takes. A slab has `least_rows` or more, and is computed with `halo` neighbouring rows.
+    are stored meanwhile; `prepared` are the weights, made ready, or attention's keys, values and scores; `products` is
+    how many multiplications it takes. A slab has `least_rows` or more, and is computed with `halo` neighbouring rows.
     """
 
     height: int
@@ -126,10 +126,10 @@ def _sweeps(half: nn.Module, height: int, width: int) -> Iterator[Sweep]:
         elif isinstance(step, AttentionBlock):
             pixels = height * width
             numbers, products = pixels * channels, 2 * pixels * channels**2
-            yield Sweep(height, 3 * width * channels, 2 * numbers, 5 * numbers, 0, products, halo=0)
+            yield Sweep(height, 3 * width * channels, 2 * numbers, numbers, 4 * numbers, products, halo=0)
             products += 2 * pixels * numbers
             scores = layers.slabs_at_work() * layers.scores_at_once()
-            yield Sweep(height, 3 * width * channels, numbers, 3 * numbers, scores, products, halo=0)
+            yield Sweep(height, 3 * width * channels, numbers, 2 * numbers, 2 * numbers + scores, products, halo=0)
         elif isinstance(step, Upsample):
             height, width = 2 * height, 2 * width
             sweep = _convolution(step.conv, height, width, kept=channels)

@@ -175,7 +175,7 @@ class _Run:
                 return h
             residual, _ = x.window(top, bottom)
             x.give_up(bottom)
-            return *h, shortcut(residual)
+            return *h, layers.linear(shortcut, residual)
 
         parts = self._sweep(first)
         h = Picture.of([part[:3] for part in parts])
@@ -203,7 +203,7 @@ class _Run:
 
         def project(top: int, bottom: int) -> tuple[mx.array, ...]:
             h = tokens(x.window(top, bottom)[0])
-            return block.to_k(h), block.to_v(h)
+            return layers.linear(block.to_k, h), layers.linear(block.to_v, h)
 
         k, v = (mx.concatenate(list(parts), axis=2) for parts in zip(*self._sweep(project), strict=True))
         mx.eval(k, v)
@@ -211,8 +211,9 @@ class _Run:
         def attend(top: int, bottom: int) -> tuple[mx.array, ...]:
             residual, _ = x.window(top, bottom)
             x.give_up(bottom)
-            h = block.processor(block.to_q(tokens(residual)), k, v, k.shape[-1] ** -0.5)
-            return self._kept(residual + block.to_out[0](h).reshape(residual.shape))
+            q = layers.linear(block.to_q, tokens(residual))
+            h = layers.linear(block.to_out[0], block.processor(q, k, v, k.shape[-1] ** -0.5))
+            return self._kept(residual + h.reshape(residual.shape))
 
         return Picture.of(self._sweep(attend, at_once=block.processor is not layers.attention))
 

@@ -181,6 +181,27 @@ def test_attention_processor(vae: AutoencoderKL, z: mx.array) -> None:
     assert len(seen) == 1
 
 
+def test_what_replaces_a_linear_layer_is_called(vae: AutoencoderKL, z: mx.array) -> None:
+    """Such as a layer that is quantised or that has an adapter, in slabs and, under a transformation, whole."""
+
+    class Adapted(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.linear(x) + 0.1 * x
+
+    attention = vae.decoder.mid_block.attentions[0]
+    adapted = Adapted(attention.to_v)
+    attention.to_v.weight = attention.to_v.weight + 0.1 * mx.eye(16)
+    expected = vae.decode(z).sample
+    attention.to_v.weight = attention.to_v.weight - 0.1 * mx.eye(16)
+    attention.to_v = adapted
+    assert relative_error(vae.decode(z).sample, expected) < 1e-6
+    assert relative_error(mx.vmap(lambda z: vae.decode(z).sample)(z[None])[0], expected) < 1e-6
+
+
 # Transforms and training
 
 
@@ -209,6 +230,23 @@ def loss_of(x: mx.array, vae: AutoencoderKL) -> mx.array:
     posterior = vae.encode(x).latent_dist
     sample = vae.decode(posterior.sample(mx.random.key(0))).sample
     return mx.mean(mx.square(sample - x)) + 1e-3 * mx.mean(posterior.kl())
+
+
+def test_gradients_of_each_sample(vae: AutoencoderKL) -> None:
+    """As differentially private training takes them."""
+    x = random_images((3, HEIGHT, WIDTH, 3))
+
+    def gradients(parameters: dict[str, Any], x: mx.array) -> dict[str, Any]:
+        return mx.grad(lambda parameters, x: loss_of(x[None], vae.update(parameters)))(parameters, x)
+
+    parameters = vae.trainable_parameters()
+    mapped = mx.vmap(gradients, in_axes=(None, 0))(parameters, x)
+    for i in range(3):
+        expected = dict(tree_flatten(gradients(parameters, x[i])))
+        largest = max(mx.max(mx.abs(value)).item() for value in expected.values())
+        for name, value in tree_flatten(mapped):
+            assert mx.max(mx.abs(value[i] - expected[name])).item() < 1e-5 * largest, name
+    vae.update(parameters)
 
 
 def test_gradients_are_finite_differences(vae: AutoencoderKL, x: mx.array) -> None:

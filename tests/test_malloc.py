@@ -14,6 +14,11 @@ pytestmark = pytest.mark.skipif(malloc._glibc is None, reason="only glibc's mall
 SIZE = 64 << 20
 
 
+@pytest.fixture(autouse=True)
+def trimmed() -> None:
+    malloc.trim()
+
+
 def resident() -> int:
     fields = Path("/proc/self/status").read_text().split()
     return int(fields[fields.index("VmRSS:") + 1]) << 10
@@ -31,7 +36,6 @@ def test_an_array_takes_the_memory_of_the_one_before() -> None:
     with malloc.keeping():
         assert left_by_an_array() > 0.9 * SIZE
         assert left_by_an_array() < 0.1 * SIZE
-    malloc.trim()
 
 
 def test_afterwards_memory_goes_back() -> None:
