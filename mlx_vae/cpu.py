@@ -79,23 +79,23 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     return (result / total).astype(dtype)
 
 
-# Convolutions
+# Convolutions, each prepared for a picture that has so many pixels
 
 
-def conv3x3(weight: mx.array) -> Convolution:
+def conv3x3(weight: mx.array, pixels: int) -> Convolution:
     """Of weights (O, 3, 3, C), the size is kept: (N, H, W, C) -> (N, H + edges - 2, W, O)."""
-    convolve = _convolution(weight)
+    convolve = _convolution(weight, pixels)
     return lambda x, edges: convolve(_padded(x, edges, (1, 1)))
 
 
-def downsample_conv3x3(weight: mx.array) -> Convolution:
+def downsample_conv3x3(weight: mx.array, pixels: int) -> Convolution:
     """Of weights (O, 3, 3, C), stride 2, zeros on the right: (N, H, W, C) -> (N, (H + edges - 1) / 2, W / 2, O).
 
     Each square of 2x2 pixels becomes one pixel of 4C channels, and the kernel 2x2 such squares.
     """
     O, _, _, C = weight.shape
     kernel = _padded(weight, (0, 1), (0, 1)).reshape(O, 2, 2, 2, 2, C).transpose(0, 1, 3, 2, 4, 5)
-    convolve = _convolution(kernel.reshape(O, 2, 2, 4 * C))
+    convolve = _convolution(kernel.reshape(O, 2, 2, 4 * C), pixels // 4)
 
     def downsample(x: mx.array, edges: Edges) -> mx.array:
         x = _padded(x, (edges[0], edges[1] + 1), (0, 2))
@@ -106,13 +106,15 @@ def downsample_conv3x3(weight: mx.array) -> Convolution:
     return downsample
 
 
-def upsample_conv3x3(weight: mx.array) -> Convolution:
+def upsample_conv3x3(weight: mx.array, pixels: int) -> Convolution:
     """Of weights (O, 3, 3, C), every pixel doubled, then a convolution: (N, H, W, C) -> (N, 2 (H + edges - 2), 2W, O).
 
     Of the three rows that a window sees in the doubled picture, two are one row of the small one. So each of the 2x2
     phases of the output is a 2x2 convolution of the small picture with summed taps: 16 products in place of 36.
     """
-    phases = [[_convolution(taps) for taps in _summed_taps(rows, axis=2)] for rows in _summed_taps(weight, axis=1)]
+    phases = [
+        [_convolution(taps, pixels) for taps in _summed_taps(rows, axis=2)] for rows in _summed_taps(weight, axis=1)
+    ]
 
     def upsample(x: mx.array, edges: Edges) -> mx.array:
         x = _padded(x, edges, (1, 1))
@@ -137,18 +139,19 @@ def _padded(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.
     return mx.pad(x, [(0, 0), rows, columns, (0, 0)]) if any(rows + columns) else x
 
 
-def _convolution(weight: mx.array) -> Callable[[mx.array], mx.array]:
+def _convolution(weight: mx.array, pixels: int) -> Callable[[mx.array], mx.array]:
     """Of weights (O, r, r, C), without padding: (N, H, W, C) in float32 -> (N, H - r + 1, W - r + 1, O)."""
     O, _, _, C = weight.shape
     weight = weight.astype(mx.float32)
     fixed = mx.stop_gradient(weight)
     taps = mx.contiguous(fixed.transpose(1, 2, 0, 3))
-    transformed = _winograd_weights(fixed) if min(C, O) >= WINOGRAD_CHANNELS else None
+    transformed = _winograd_weights(fixed)
+    pays = min(C, O) >= WINOGRAD_CHANNELS and pixels >= WINOGRAD_PIXELS
 
     def convolve(x: mx.array) -> mx.array:
-        if transformed is None or x.shape[1] < WINOGRAD_ROWS:
-            return _shifted_products(x, weight, taps)
-        return _winograd(x, weight, transformed)
+        if pays and x.shape[1] >= WINOGRAD_ROWS:
+            return _winograd(x, weight, transformed)
+        return _shifted_products(x, weight, taps)
 
     return convolve
 
@@ -168,6 +171,8 @@ def _sum_of_shifted_products(x: mx.array, weight: mx.array, taps: mx.array) -> m
 
 WINOGRAD_CHANNELS = 64
 """From here up, Winograd's products are so many fewer that its transforms pay."""
+WINOGRAD_PIXELS = 1024
+"""Of the picture: with fewer, the transform of the weights takes longer than it saves."""
 WINOGRAD_ROWS = 5
 """Of the input: with fewer, most of a tile would be empty."""
 TILE = 4
@@ -221,7 +226,7 @@ def _vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.
     N, H, W, C = x.shape
     O, r = weight.shape[:2]
     turned = weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
-    x_gradient = _convolution(turned)(_padded(cotangent, (r - 1, r - 1), (r - 1, r - 1)))
+    x_gradient = _convolution(turned, N * H * W)(_padded(cotangent, (r - 1, r - 1), (r - 1, r - 1)))
     pixels = x.reshape(-1, C)
     count = (N * H - (r - 1)) * W - (r - 1)
     outputs = _padded(cotangent, (0, r - 1), (0, r - 1)).reshape(-1, O)[:count].T

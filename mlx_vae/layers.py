@@ -44,34 +44,35 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 def conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """A 3x3 convolution that keeps the size: (N, H, W, C) -> (N, H, W, O)."""
-    return convolution(conv)(x, (1, 1)).astype(conv.weight.dtype)
+    return convolution(conv, _pixels(x))(x, (1, 1)).astype(conv.weight.dtype)
 
 
 def upsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """Nearest-neighbour doubling, then a 3x3 convolution: (N, H, W, C) -> (N, 2H, 2W, O)."""
-    return upsampling(conv)(x, (1, 1)).astype(conv.weight.dtype)
+    return upsampling(conv, _pixels(x))(x, (1, 1)).astype(conv.weight.dtype)
 
 
 def downsample_conv(conv: nn.Conv2d, x: mx.array) -> mx.array:
     """3x3 convolution of stride 2 that pads right and bottom only: (N, H, W, C) -> (N, H / 2, W / 2, O)."""
-    return downsampling(conv)(x, (0, 1)).astype(conv.weight.dtype)
+    return downsampling(conv, _pixels(x))(x, (0, 1)).astype(conv.weight.dtype)
 
 
-def convolution(conv: nn.Conv2d) -> Convolution:
+def convolution(conv: nn.Conv2d, pixels: int) -> Convolution:
     """A 3x3 convolution of rows (N, H, W, C) -> (N, H + edges - 2, W, O), the outermost rows only as neighbours.
 
-    `edges` is how many rows of zeros to add above and below: 1 where the picture ends, 0 where it goes on. On the CPU
-    the result is float32 whatever the dtype of the weights: conversions are slow there.
+    `edges` is how many rows of zeros to add above and below: 1 where the picture ends, 0 where it goes on. `pixels` is
+    how many the whole picture has: what pays for a large one takes longer for a small one. On the CPU the result is
+    float32 whatever the dtype of the weights: conversions are slow there.
     """
     if _on_cpu():
-        return _with_bias(cpu.conv3x3(conv.weight), conv)
+        return _with_bias(cpu.conv3x3(conv.weight, pixels), conv)
     return lambda x, edges: _conv2d(conv, x, edges, (1, 1))
 
 
-def upsampling(conv: nn.Conv2d) -> Convolution:
+def upsampling(conv: nn.Conv2d, pixels: int) -> Convolution:
     """As `convolution`, of rows that are doubled first: (N, H, W, C) -> (N, 2 (H + edges - 2), 2W, O)."""
     if _on_cpu():
-        return _with_bias(cpu.upsample_conv3x3(conv.weight), conv)
+        return _with_bias(cpu.upsample_conv3x3(conv.weight, pixels), conv)
 
     def upsample(x: mx.array, edges: Edges) -> mx.array:
         x = mx.pad(x, [(0, 0), edges, (0, 0), (0, 0)])
@@ -82,11 +83,16 @@ def upsampling(conv: nn.Conv2d) -> Convolution:
     return upsample
 
 
-def downsampling(conv: nn.Conv2d) -> Convolution:
+def downsampling(conv: nn.Conv2d, pixels: int) -> Convolution:
     """As `convolution`, of stride 2: (N, H, W, C) -> (N, (H + edges - 1) / 2, W / 2, O), `edges` (0, 0) or (0, 1)."""
     if _on_cpu():
-        return _with_bias(cpu.downsample_conv3x3(conv.weight), conv)
+        return _with_bias(cpu.downsample_conv3x3(conv.weight, pixels), conv)
     return lambda x, edges: _conv2d(conv, x, edges, (0, 1))
+
+
+def _pixels(x: mx.array) -> int:
+    N, H, W, _ = x.shape
+    return N * H * W
 
 
 def _with_bias(convolve: Convolution, conv: nn.Conv2d) -> Convolution:

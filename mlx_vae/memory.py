@@ -54,8 +54,11 @@ class Sweep:
     halo: int = 2
 
     def rows(self, slab: int) -> int:
-        """How many rows a slab of so many numbers has."""
-        return min(self.height, max(self.least_rows, slab // self.row // self.least_rows * self.least_rows))
+        """How many rows a slab of so many numbers has, or a few less, so that all streams have as much to do."""
+        most = max(self.least_rows, slab // self.row // self.least_rows * self.least_rows)
+        streams = len(layers.streams())
+        slabs = math.ceil(math.ceil(self.height / most) / streams) * streams
+        return min(self.height, math.ceil(self.height / slabs / self.least_rows) * self.least_rows)
 
     def peak(self, rows: int, at_work: int, itemsize: int) -> int:
         """Bytes, with slabs of so many rows `at_work` times in memory in float32; what is kept has its `itemsize`."""

@@ -54,6 +54,10 @@ class Picture:
     top: int = 0
     """The first row that is still there."""
 
+    @property
+    def pixels(self) -> int:
+        return self.height * self.slabs[0].shape[2]
+
     @classmethod
     def of(cls, parts: list[tuple[mx.array, ...]]) -> Picture:
         """Of (slab, mean, deviation) each, or just (slab,)."""
@@ -152,11 +156,11 @@ class _Run:
         return slab.astype(self.dtype), mean, deviation
 
     def _conv_in(self, conv: nn.Conv2d, x: Picture) -> Picture:
-        convolve = layers.convolution(conv)
+        convolve = layers.convolution(conv, x.pixels)
         return Picture.of(self._sweep(lambda top, bottom: self._kept(convolve(*x.window(top - 1, bottom + 1)))))
 
     def _conv_out(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Picture) -> list[mx.array]:
-        activated, convolve = Activated(norm, x), layers.convolution(conv)
+        activated, convolve = Activated(norm, x), layers.convolution(conv, x.pixels)
 
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
             window = activated.around(top, bottom)
@@ -167,7 +171,7 @@ class _Run:
 
     def _resnet(self, block: ResnetBlock, x: Picture) -> Picture:
         shortcut = block.get("conv_shortcut")
-        activated, convolve = Activated(block.norm1, x), layers.convolution(block.conv1)
+        activated, convolve = Activated(block.norm1, x), layers.convolution(block.conv1, x.pixels)
 
         def first(top: int, bottom: int) -> tuple[mx.array, ...]:
             h = self._kept(convolve(*activated.around(top, bottom)))
@@ -182,7 +186,7 @@ class _Run:
         if shortcut is not None:
             x = Picture.of([part[3:] for part in parts])
         del parts
-        activated, convolve = Activated(block.norm2, h), layers.convolution(block.conv2)
+        activated, convolve = Activated(block.norm2, h), layers.convolution(block.conv2, h.pixels)
 
         def second(top: int, bottom: int) -> tuple[mx.array, ...]:
             window = activated.around(top, bottom)
@@ -218,7 +222,7 @@ class _Run:
         return Picture.of(self._sweep(attend, at_once=block.processor is not layers.attention))
 
     def _upsample(self, step: Upsample, x: Picture) -> Picture:
-        convolve = layers.upsampling(step.conv)
+        convolve = layers.upsampling(step.conv, x.pixels)
 
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
             window, edges = x.window(top - 1, bottom + 1)
@@ -228,7 +232,7 @@ class _Run:
         return Picture.of(self._sweep(compute))
 
     def _downsample(self, step: Downsample, x: Picture) -> Picture:
-        convolve = layers.downsampling(step.conv)
+        convolve = layers.downsampling(step.conv, x.pixels)
 
         def compute(top: int, bottom: int) -> tuple[mx.array, ...]:
             window, edges = x.window(2 * top, 2 * bottom + 1)

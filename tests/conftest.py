@@ -10,6 +10,8 @@ import mlx_vae  # isort: skip  (before mlx: see blas.py)
 import pytest
 from models import SMALL, random_model
 
+from mlx_vae import cpu
+
 NEEDS = {
     "test_*_parity.py": ("torch", "diffusers", "skimage"),
     "test_coreml*.py": ("coremltools", "tree_sitter", "tree_sitter_swift"),
@@ -24,6 +26,11 @@ collect_ignore_glob = list(MISSING)
 
 def pytest_report_header() -> list[str]:
     return [f"not collected: {pattern}, for want of {', '.join(missing)}" for pattern, missing in MISSING.items()]
+
+
+@pytest.fixture(autouse=True)
+def _small_pictures_go_the_way_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "WINOGRAD_PIXELS", 0)
 
 
 @pytest.fixture

@@ -27,8 +27,12 @@ DEFINITIONS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
 CHANNELS = [(5, 7), (cpu.WINOGRAD_CHANNELS, cpu.WINOGRAD_CHANNELS + 2)]
 
 
+def pixels_of(x: mx.array) -> int:
+    return x.size // x.shape[-1]
+
+
 def strategy(kind: str) -> Callable[[mx.array, mx.array], mx.array]:
-    return lambda x, weight: STRATEGIES[kind](weight)(x, EDGES[kind])
+    return lambda x, weight: STRATEGIES[kind](weight, pixels_of(x))(x, EDGES[kind])
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -37,6 +41,22 @@ def strategy(kind: str) -> Callable[[mx.array, mx.array], mx.array]:
 def test_cpu_convolutions_are_convolutions(kind: str, size: tuple[int, int], channels: tuple[int, int]) -> None:
     x, weight = random_images((3, *size, channels[0])), random_images((channels[1], 3, 3, channels[0]), seed=1)
     assert relative_error(strategy(kind)(x, weight), DEFINITIONS[kind](x, weight)) < 2e-6
+
+
+def test_winograd_is_for_large_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "WINOGRAD_PIXELS", 60)
+    winograd = cpu._winograd
+    taken: list[tuple[int, ...]] = []
+
+    def watched(x: mx.array, *weights: mx.array) -> mx.array:
+        taken.append(x.shape)
+        return winograd(x, *weights)
+
+    monkeypatch.setattr(cpu, "_winograd", watched)
+    x, weight = random_images((1, 6, 10, 64)), random_images((66, 3, 3, 64), seed=1)
+    large, small = (cpu.conv3x3(weight, pixels)(x, (1, 1)) for pixels in (60, 59))
+    assert taken == [(1, 8, 12, 64)]
+    assert relative_error(large, small) < 2e-6
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -85,7 +105,7 @@ def test_slabs_of_rows_are_the_whole(
         "upsample": (layers.upsampling, layers.upsample_conv),
         "downsample": (layers.downsampling, layers.downsample_conv),
     }[kind]
-    expected, convolve = whole(conv, x), prepare(conv)
+    expected, convolve = whole(conv, x), prepare(conv, pixels_of(x))
     assert relative_error(expected, DEFINITIONS[kind](x, conv.weight) + conv.bias) < 2e-6
     for rows in (2, 4, 6):
         parts = []
