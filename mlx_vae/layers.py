@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -274,7 +273,7 @@ def memory_size() -> int:
 def held_memory() -> int:
     """Bytes that are in use or were and could be returned: on Linux this process's, otherwise MLX's."""
     if _on_cpu() and sys.platform == "linux":
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return malloc.resident()
     return mx.get_active_memory() + mx.get_cache_memory()
 
 

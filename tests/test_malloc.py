@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
 
@@ -19,16 +17,11 @@ def trimmed() -> None:
     malloc.trim()
 
 
-def resident() -> int:
-    fields = Path("/proc/self/status").read_text().split()
-    return int(fields[fields.index("VmRSS:") + 1]) << 10
-
-
 def left_by_an_array() -> int:
     """How much memory this process still holds of an array's that has been freed, besides what it held before."""
-    before = resident()
+    before = malloc.resident()
     mx.eval(mx.zeros(SIZE // 4))
-    return resident() - before
+    return malloc.resident() - before
 
 
 def test_an_array_takes_the_memory_of_the_one_before() -> None:
@@ -41,7 +34,15 @@ def test_an_array_takes_the_memory_of_the_one_before() -> None:
 def test_afterwards_memory_goes_back() -> None:
     with malloc.keeping():
         left_by_an_array()
-    kept = resident()
+    kept = malloc.resident()
     malloc.trim()
-    assert resident() < kept - 0.9 * SIZE
+    assert malloc.resident() < kept - 0.9 * SIZE
     assert left_by_an_array() < 0.1 * SIZE
+
+
+def test_much_goes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(malloc, "MUCH", SIZE // 2)
+    before = malloc.resident()
+    with malloc.keeping():
+        assert left_by_an_array() > 0.9 * SIZE
+    assert malloc.resident() < before + 0.1 * SIZE
