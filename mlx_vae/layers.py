@@ -109,9 +109,9 @@ def linear(layer: nn.Module, x: mx.array) -> mx.array:
     """A Linear or a 1x1 Conv2d, in the dtype of x: (N, H, W, C) -> (N, H, W, O).
 
     On the CPU products in other dtypes than float32 are slow. Whatever else stands in the layer's place (a quantised
-    one, one with an adapter) is called as it is.
+    one, one with an adapter, one without a bias) is called as it is.
     """
-    if not _on_cpu() or type(layer) not in (nn.Linear, nn.Conv2d):
+    if not _on_cpu() or type(layer) not in (nn.Linear, nn.Conv2d) or "bias" not in layer:
         return layer(x)
     weight = layer.weight.astype(mx.float32)
     return mx.addmm(layer.bias, x.astype(mx.float32), weight.reshape(len(weight), -1).T).astype(x.dtype)

@@ -18,8 +18,6 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt(3)
 KEEPING = {TRIM_THRESHOLD: (1 << 31) - 1, MMAP_MAX: 0}
 RETURNING = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536}
 """As glibc sets itself once it has seen large arrays."""
-
-
 MUCH = 512 << 20
 """Bytes that are worth the time to give them back."""
 

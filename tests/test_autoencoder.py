@@ -200,6 +200,8 @@ def test_what_replaces_a_linear_layer_is_called(vae: AutoencoderKL, z: mx.array)
     attention.to_v = adapted
     assert relative_error(vae.decode(z).sample, expected) < 1e-6
     assert relative_error(mx.vmap(lambda z: vae.decode(z).sample)(z[None])[0], expected) < 1e-6
+    attention.to_v = nn.Linear(16, 16, bias=False)
+    mx.eval(vae.decode(z).sample)
 
 
 # Transforms and training
