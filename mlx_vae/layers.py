@@ -1,7 +1,8 @@
-"""What the blocks are made of: normalise-activate-convolve, upsample-convolve, downsample-convolve, attention.
+"""What the blocks are made of: normalise-activate-convolve, upsample-convolve, downsample-convolve, linear, attention.
 
-The only place that chooses by backend. Arrays are NHWC, convolution weights OHWI. Each convolution comes in two forms:
-of a whole picture, and prepared (`convolution`, `upsampling`, `downsampling`), for many slabs of its rows.
+The only place that chooses by backend: for the CPU by measurement, for a GPU what MLX's own kernels favour, which has
+not been measured. Arrays are NHWC, convolution weights OHWI. Each convolution comes in two forms: of a whole picture,
+and prepared (`convolution`, `upsampling`, `downsampling`), for many slabs of its rows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ARRAYS_AT_WORK = 11
 """How many arrays of the largest size are in memory when a layer is computed whole. Measured on the CPU."""
 
 AttentionProcessor = Callable[[mx.array, mx.array, mx.array, float], mx.array]
-"""f(q, k, v, scale) -> out, each array (N, heads, L, C)."""
+"""f(q, k, v, scale) -> out, each array (N, heads, L, C); on the CPU in float32, whatever the dtype of the model."""
 
 
 def norm(groups: int, channels: int) -> nn.GroupNorm:

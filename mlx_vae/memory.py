@@ -84,9 +84,8 @@ def needed(half: nn.Module, shape: tuple[int, ...], itemsize: int) -> Memory:
     """For N pictures (N, H, W, C) or latents, in activations of `itemsize` bytes."""
     N, height, width, _ = shape
     sweeps = list(_sweeps(half, height, width))
-    whole = max(sweep.peak(sweep.height, layers.ARRAYS_AT_WORK, itemsize) for sweep in sweeps)
-    by_slabs = Plan(sweeps, SLAB_SIZES[-1]).peak(N, itemsize)
-    return Memory(OVERHEAD + N * whole, min(OVERHEAD + N * whole, by_slabs))
+    whole = OVERHEAD + N * max(sweep.peak(sweep.height, layers.ARRAYS_AT_WORK, itemsize) for sweep in sweeps)
+    return Memory(whole, min(whole, Plan(sweeps, SLAB_SIZES[-1]).peak(N, itemsize)))
 
 
 def plan(half: nn.Module, shape: tuple[int, ...], itemsize: int, limit: int | None) -> Plan | None:

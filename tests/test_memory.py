@@ -8,9 +8,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from memory import peak_bytes
 from models import SD1, WIDE, random_images, random_latents, random_model
 
-from mlx_vae import AutoencoderKL, layers, memory
+from mlx_vae import AutoencoderKL, layers, malloc, memory
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,6 @@ def test_what_stable_diffusion_needs() -> None:
         assert tensors < encoding.least < 1.35 * tensors
 
 
-def held(field: str) -> int:
-    """Of this process in bytes: VmRSS, now, or VmHWM, the most."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(f"{field}:"))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can forget the peak of a process")
 def test_limits_are_kept() -> None:
     """20 random sizes and limits: what the process takes on top, as the system sees it."""
@@ -77,10 +72,10 @@ def test_limits_are_kept() -> None:
         limit = choose.randint(needed.least, needed.least + needed.whole // 4)
         mx.eval(x)
         layers.return_memory()
-        before = held("VmRSS")
+        before = malloc.resident()
         Path("/proc/self/clear_refs").write_text("5")
         result = (
             vae.encode(x, max_memory=limit).latent_dist.moments if i % 2 else vae.decode(x, max_memory=limit).sample
         )
         mx.eval(result)
-        assert held("VmHWM") - before < limit, (height, width, limit)
+        assert peak_bytes() - before < limit, (height, width, limit)
